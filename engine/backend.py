@@ -1,0 +1,58 @@
+"""The one door to MLX: loads a fast BLAS first where one is needed, then MLX itself.
+
+Everything in the engine takes `mx` from here, so that no import order can leave MLX on the reference BLAS that its
+Linux CPU wheel brings (about 6 instead of 160 GFLOP/s on two cores).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+REFERENCE_BLAS = "reference"
+ACCELERATE = "Accelerate"
+
+
+def load_fast_blas() -> str:
+    """Loads an optimised BLAS globally, so that MLX's calls bind to it; must run before MLX is imported.
+
+    A system OpenBLAS wins over the one that pip brought (`scipy-openblas32`). Returns its path, `Accelerate` on macOS,
+    or `reference` where none was found.
+    """
+    if sys.platform != "linux":
+        return ACCELERATE
+    for candidate in _openblas_candidates():
+        try:
+            library = ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        if hasattr(library, "cblas_sgemm"):
+            return candidate
+    return REFERENCE_BLAS
+
+
+def _openblas_candidates() -> list[str]:
+    system = ctypes.util.find_library("openblas")
+    candidates = [system] if system else []
+    spec = importlib.util.find_spec("scipy_openblas32")
+    if spec and spec.origin:
+        candidates += sorted(str(path) for path in Path(spec.origin).parent.joinpath("lib").glob("lib*openblas*.so*"))
+    return candidates
+
+
+def _limit_threads() -> None:
+    # OpenBLAS reads the variable when it is loaded; more threads than cores only wait for each other.
+    if sys.platform == "linux":
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+
+_limit_threads()
+BLAS = load_fast_blas()
+
+import mlx.core as mx  # noqa: E402
+
+__all__ = ["BLAS", "REFERENCE_BLAS", "mx"]
