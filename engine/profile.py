@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from engine.errors import UserError
@@ -26,6 +26,14 @@ class Section(BaseModel):
     """A table of a profile: frozen, and closed to names that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python takes true for 1, so `steps = true` would be a run of one step.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("should not be true or false")
+        return value
 
 
 class RetentionModel(Section):
@@ -56,7 +64,9 @@ class RetentionModel(Section):
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
         if (self.width // self.heads) % 2:
-            raise ValueError(f"width / heads = {self.width // self.heads} is odd; rotary positions need an even head size")
+            raise ValueError(
+                f"width / heads = {self.width // self.heads} is odd; rotary positions need an even head size"
+            )
         return self
 
 
@@ -81,6 +91,11 @@ class TextData(Section):
         str,
         quantity("`bpe` trains a byte-level BPE on the text; otherwise a Hugging Face tokenizer folder"),
     ] = "bpe"
+
+    @field_validator("files", "heldout_files", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -108,7 +123,9 @@ class Train(Section):
     beta1: Annotated[float, quantity("AdamW's decay of the gradient's mean", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, quantity("AdamW's decay of the gradient's square", ge=0, lt=1)] = 0.95
     clip_norm: Annotated[float | None, quantity("largest global gradient norm; no clipping if 0", ge=0)] = 1.0
-    gradient_checkpointing: Annotated[bool, quantity("recompute each layer in the backward pass to save memory")] = False
+    gradient_checkpointing: Annotated[bool, quantity("recompute each layer in the backward pass to save memory")] = (
+        False
+    )
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         quantity("of the computation; weights are kept in float32. auto: float32 on CPU, bfloat16 on GPU"),
@@ -118,9 +135,13 @@ class Train(Section):
     def _consistent(self) -> Self:
         lengths = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
         if len(lengths) != 1:
-            raise ValueError("needs exactly one of steps, epochs and tokens" + (f", has {', '.join(lengths)}" if lengths else ""))
+            raise ValueError(
+                "needs exactly one of steps, epochs and tokens" + (f", has {', '.join(lengths)}" if lengths else "")
+            )
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(f"micro_batch_size = {self.micro_batch_size} is larger than batch_size = {self.batch_size}")
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} is larger than batch_size = {self.batch_size}"
+            )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError("final_learning_rate is larger than learning_rate")
         return self
@@ -137,7 +158,9 @@ class Checkpoint(Section):
     """`[checkpoint]`: when the run is saved and how many checkpoints stay."""
 
     every: Annotated[int, quantity("distance between checkpoints; 0: by time only", unit="steps", ge=0)] = 500
-    every_minutes: Annotated[float, quantity("longest time without a checkpoint; 0: by steps only", unit="minutes", ge=0)] = 30
+    every_minutes: Annotated[
+        float, quantity("longest time without a checkpoint; 0: by steps only", unit="minutes", ge=0)
+    ] = 30
     keep: Annotated[int, quantity("the newest checkpoints that stay; the best always does", ge=1)] = 3
 
 
@@ -193,7 +216,7 @@ def list_profiles() -> list[ProfileFile]:
     for folder, own in ((shipped_folder(), False), (own_folder(), True)):
         for path in sorted(folder.glob("*.toml")):
             try:
-                table = _read_table(path)
+                table = _read_profile(path)
             except UserError as error:
                 table = {"kind": "?", "description": str(error)}
             kind, description = str(table.get("kind", "?")), str(table.get("description", ""))
@@ -218,16 +241,18 @@ def find_profile(name_or_path: str) -> Path:
 
 
 def load_profile(name_or_path: str, overrides: Iterable[str] = ()) -> Profile:
-    """Reads, extends, overrides (`train.steps=50`) and validates a profile; file paths come back absolute.
+    """Reads, extends, overrides (`train.steps=50`) and validates a profile.
+
+    File paths come back absolute: those of a profile are relative to its folder, those of an override to the current
+    one. What excludes another (`steps`, `epochs`, `tokens`; `builtin`, `files`) takes its place when it comes later.
 
     Raises `UserError` with one line: the file, the key, what is wrong and what would be right.
     """
     path = find_profile(name_or_path)
-    table = _resolve_extends(_read_table(path), path)
+    table = _read_profile(path)
     for override in overrides:
-        _apply_override(table, override)
-    profile = validate_profile(table, where=path.name)
-    return _with_absolute_paths(profile, path.parent)
+        table = _merge(table, _parse_override(override))
+    return validate_profile(table, where=path.name)
 
 
 def validate_profile(table: Mapping[str, Any], where: str) -> Profile:
@@ -240,55 +265,68 @@ def validate_profile(table: Mapping[str, Any], where: str) -> Profile:
         raise UserError(f"{where}: {_describe(problems[0])}{more}") from None
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"profile {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"profile {path}: not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"profile {path}: not valid TOML: {error}") from None
-
-
-def _resolve_extends(table: dict[str, Any], path: Path) -> dict[str, Any]:
+def _read_profile(path: Path) -> dict[str, Any]:
+    table = _read_table(path)
     base_name = table.pop("extends", None)
     if base_name is None:
         return table
-    sibling = path.parent / f"{base_name}.toml"
-    base_path = sibling if sibling.is_file() else find_profile(str(base_name))
+    base_path = _find_base(str(base_name), path)
     base = _read_table(base_path)
     if "extends" in base:
         raise UserError(f"{path.name}: extends {base_name!r}, which extends another; one level is the most")
     return _merge(base, table)
 
 
+def _find_base(name: str, path: Path) -> Path:
+    # A user's own profile may carry the name of the shipped one that it extends.
+    for folder in (path.parent, own_folder(), shipped_folder()):
+        candidate = folder / f"{name}.toml"
+        if candidate.is_file() and not candidate.samefile(path):
+            return candidate
+    known = {profile.name for profile in list_profiles()} - {path.stem}
+    raise UserError(f"{path.name}: extends {name!r}, which is not known; {_nearest(name, known)}")
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"profile {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"profile {path}: not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"profile {path}: not valid TOML: {error}") from None
+    return _with_absolute_paths(table, path.parent)
+
+
+_ALTERNATIVES = {"train": ("steps", "epochs", "tokens"), "data": ("builtin", "files")}
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`; neither is changed."""
     merged = dict(base)
     for key, value in over.items():
-        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_tables else value
+        inner = merged.get(key)
+        if isinstance(value, dict) and isinstance(inner, dict):
+            alternatives = _ALTERNATIVES.get(key, ())
+            if not value.keys().isdisjoint(alternatives):
+                inner = {name: old for name, old in inner.items() if name not in alternatives}
+            merged[key] = _merge(inner, value)
+        else:
+            merged[key] = value
     return merged
 
 
-_LENGTHS = ("steps", "epochs", "tokens")
-
-
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> dict[str, Any]:
+    """`train.steps=50` as a table; the value is TOML, or a plain string where it is not valid TOML."""
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
+    *sections, name = (part.strip() for part in key.split("."))
+    if not separator or not all([*sections, name]):
         raise UserError(f"--set {override}: give it as KEY=VALUE, for example train.steps=50")
-    inner = table
-    for part in parts[:-1]:
-        step = inner.setdefault(part, {})
-        if not isinstance(step, dict):
-            raise UserError(f"--set {override}: {part} is a value, not a table")
-        inner = step
-    if parts[0] == "train" and parts[-1] in _LENGTHS:
-        for other in _LENGTHS:  # a new length takes the place of the profile's own
-            inner.pop(other, None)
-    inner[parts[-1]] = _parse_value(text.strip())
+    table: dict[str, Any] = {name: _parse_value(text.strip())}
+    for section in reversed(sections):
+        table = {section: table}
+    return _with_absolute_paths(table, Path.cwd())
 
 
 def _parse_value(text: str) -> Any:
@@ -298,36 +336,82 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _with_absolute_paths(profile: Profile, folder: Path) -> Profile:
-    def absolute(name: str) -> str:
-        return str((folder / Path(name).expanduser()).resolve())
+def _with_absolute_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The table with its file names made absolute; what is not a file name is left for the validation to refuse."""
 
-    data = profile.data.model_copy(
-        update={
-            "files": [absolute(name) for name in profile.data.files],
-            "heldout_files": [absolute(name) for name in profile.data.heldout_files],
-            "tokenizer": profile.data.tokenizer if profile.data.tokenizer == "bpe" else absolute(profile.data.tokenizer),
-        }
-    )
-    return profile.model_copy(update={"data": data})
+    def absolute(name: Any) -> Any:
+        return str((folder / Path(name).expanduser()).resolve()) if isinstance(name, str) else name
+
+    resolved = dict(table)
+    if isinstance(data := table.get("data"), dict):
+        resolved["data"] = data = dict(data)
+        for key in ("files", "heldout_files"):
+            if key in data:
+                data[key] = (
+                    [absolute(name) for name in data[key]] if isinstance(data[key], list) else absolute(data[key])
+                )
+        if data.get("tokenizer", "bpe") != "bpe":
+            data["tokenizer"] = absolute(data["tokenizer"])
+    if isinstance(model := table.get("model"), dict) and str(model.get("init_from", "")).startswith((".", "~")):
+        resolved["model"] = {**model, "init_from": absolute(model["init_from"])}  # anything else may name a run
+    return resolved
+
+
+_ALIKE = 0.6
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=_ALIKE)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
 
 
 def _describe(problem: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    location = problem["loc"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     if problem["type"] == "extra_forbidden":
-        return f"{key} is not known; {_nearest(str(problem['loc'][-1]), _names_at(problem['loc'][:-1]))}"
+        return f"{key} is not known; {_nearest_key(location)}"
     if problem["type"] == "missing":
         return f"{key} is missing"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     value = problem["input"]
-    shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
-    return f"{key}{shown}: {message}"
+    shown = "" if isinstance(value, dict | BaseModel) else f" = {_as_toml(value)}"
+    return f"{key}{shown}: {_in_words(problem)}"
+
+
+_KINDS_OF_VALUE = {
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "list_type": "a list",
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+
+
+def _in_words(problem: ErrorDetails) -> str:
+    if problem["type"] in _KINDS_OF_VALUE:
+        return f"should be {_KINDS_OF_VALUE[problem['type']]}"
+    return problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+
+
+def _as_toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _nearest_key(location: tuple[int | str, ...]) -> str:
+    """Where an unknown key probably belongs: a name beside it, or the same name in another table."""
+    name, siblings = str(location[-1]), _names_at(location[:-1])
+    if not difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE):
+        for section in _names_at(()):
+            if name in _names_at((section,)):
+                return f"did you mean '{section}.{name}'?"
+    return _nearest(name, siblings)
 
 
 def _names_at(location: tuple[int | str, ...]) -> list[str]:
@@ -335,4 +419,4 @@ def _names_at(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         fields = {field.alias or name: field for name, field in model.model_fields.items()}
         model = fields[str(part)].annotation
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
