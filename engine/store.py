@@ -6,8 +6,8 @@
     runs/NAME/log.txt         what was said, and whatever libraries printed
     runs/NAME/lock            held with flock by the process that trains
 
-A run that is resumed goes on in a new *attempt*. The view `curve` is the current line: the newest attempt, before it its
-parent up to the step where it began, and so on; rows that were left behind stay in the file.
+A run that is resumed goes on in a new *attempt*. The view `curve` is the current line: the newest attempt, before it
+its parent up to the step where it began, and so on; rows that were left behind stay in the file.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ from engine.events import Event, State, to_json
 RUN_FORMAT = 1
 SCHEMA_VERSION = 1
 _SCHEMA = f"""
-CREATE TABLE attempt (id INTEGER PRIMARY KEY, parent INTEGER REFERENCES attempt, from_step INTEGER NOT NULL,
-    total_steps INTEGER NOT NULL, started REAL NOT NULL, ended REAL, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '');
+CREATE TABLE attempt (
+    id INTEGER PRIMARY KEY, parent INTEGER REFERENCES attempt, from_step INTEGER NOT NULL, total_steps INTEGER NOT NULL,
+    started REAL NOT NULL, ended REAL, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '');
 CREATE TABLE metric (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-CREATE TABLE value (attempt INTEGER NOT NULL REFERENCES attempt, step INTEGER NOT NULL, metric INTEGER NOT NULL REFERENCES
-    metric, value REAL, is_nan INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (attempt, metric, step)) WITHOUT ROWID;
-CREATE TABLE event (id INTEGER PRIMARY KEY, attempt INTEGER REFERENCES attempt, time REAL NOT NULL, kind TEXT NOT NULL,
+CREATE TABLE value (
+    attempt INTEGER NOT NULL REFERENCES attempt, step INTEGER NOT NULL, metric INTEGER NOT NULL REFERENCES metric,
+    value REAL, is_nan INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (attempt, metric, step)) WITHOUT ROWID;
+CREATE TABLE event (
+    id INTEGER PRIMARY KEY, attempt INTEGER REFERENCES attempt, time REAL NOT NULL, kind TEXT NOT NULL,
     body TEXT NOT NULL);
 CREATE VIEW line AS
     WITH RECURSIVE line(attempt, from_step, until_step) AS (

@@ -1,0 +1,198 @@
+"""Checkpoints: whole or absent, verified before they are trusted, pruned except the best.
+
+checkpoints/step-0000500/       later attempts: step-0000500.a2
+    …                           the task's own files: a folder that can be used elsewhere as it is
+    optimizer.safetensors       the optimizer's state
+    state.json                  step, progress, score, and a checksum for each other file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.backend import mx
+from engine.errors import UserError
+from engine.store import RunDirectory, write_json
+
+CHECKPOINT_FORMAT = 1
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+_FOLDER = re.compile(r"step-(\d{7,})(?:\.a(\d+))?")
+_TEMPORARY = ".writing-"
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written (a full disk, a read-only folder). The ones before it are untouched."""
+
+
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """A checkpoint's place: what it was saved after."""
+
+    step: int
+    attempt: int
+    path: Path
+
+    def state(self) -> dict[str, Any]:
+        """state.json. Raises `UserError` where it is missing, damaged or from a newer release."""
+        try:
+            state: dict[str, Any] = json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
+            version = int(state["format"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"checkpoint {self.path.name} is damaged: {STATE_FILE} cannot be read ({error})") from None
+        if version > CHECKPOINT_FORMAT:
+            raise UserError(f"checkpoint {self.path.name} has format {version}; this release reads {CHECKPOINT_FORMAT}")
+        return state
+
+    def verify(self) -> dict[str, Any]:
+        """state.json, after every file was found to have the checksum written there; else `UserError`."""
+        state = self.state()
+        for name, expected in state["files"].items():
+            try:
+                actual = _sha256(self.path / name)
+            except OSError as error:
+                raise UserError(f"checkpoint {self.path.name} is damaged: {name}: {error.strerror}") from None
+            if actual != expected:
+                raise UserError(f"checkpoint {self.path.name} is damaged: {name} does not have its checksum")
+        return state
+
+    def optimizer_state(self) -> dict[str, mx.array]:
+        """The optimizer's state as flat names and arrays."""
+        arrays = mx.load(str(self.path / OPTIMIZER_FILE))
+        assert isinstance(arrays, dict)
+        return arrays
+
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
+
+def save_checkpoint(
+    run: RunDirectory,
+    step: int,
+    attempt: int,
+    write_model: Callable[[Path], None],
+    optimizer_state: Mapping[str, mx.array],
+    state: Mapping[str, Any],
+) -> Checkpoint:
+    """Writes a checkpoint into a temporary folder, syncs it and renames it, so that it is whole or absent.
+
+    Raises `CheckpointError` where it could not be written; nothing of it stays behind then.
+    """
+    name = f"step-{step:07d}" + (f".a{attempt}" if attempt > 1 else "")
+    final, temporary = run.checkpoints_path / name, run.checkpoints_path / f"{_TEMPORARY}{name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_model(temporary)
+        mx.save_safetensors(str(temporary / OPTIMIZER_FILE), dict(optimizer_state))
+        files = sorted(path for path in temporary.iterdir())
+        for path in files:
+            _sync(path)
+        checksums = {path.name: _sha256(path) for path in files}
+        write_json(
+            temporary / STATE_FILE,
+            {"format": CHECKPOINT_FORMAT, "step": step, "attempt": attempt, **state, "files": checksums},
+        )
+        _sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync(run.checkpoints_path)
+    except (OSError, RuntimeError) as error:  # MLX reports a failed write as RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"checkpoint of step {step} could not be written: {reason}") from error
+    return Checkpoint(step, attempt, final)
+
+
+def list_checkpoints(run: RunDirectory) -> list[Checkpoint]:
+    """The checkpoints on the run's current line, oldest first, without those that a later attempt left behind.
+
+    Folders without a row in the store (it was lost, or not yet written) count by their own numbers.
+    """
+    line = dict(run.line())
+    newest_first: dict[int, Checkpoint] = {}
+    for path in run.checkpoints_path.iterdir() if run.checkpoints_path.is_dir() else ():
+        match = _FOLDER.fullmatch(path.name)
+        if not match:
+            continue
+        checkpoint = Checkpoint(int(match[1]), int(match[2] or 1), path)
+        if line and checkpoint.step > line.get(checkpoint.attempt, -1):
+            continue
+        known = newest_first.get(checkpoint.step)
+        if known is None or known.attempt < checkpoint.attempt:
+            newest_first[checkpoint.step] = checkpoint
+    return sorted(newest_first.values())
+
+
+def latest_intact(checkpoints: Sequence[Checkpoint], report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that passes `verify`; each damaged one on the way is reported. None if there is none."""
+    for checkpoint in sorted(checkpoints, reverse=True):
+        try:
+            checkpoint.verify()
+        except UserError as error:
+            report(f"{error}; falling back to the one before")
+            continue
+        return checkpoint
+    return None
+
+
+def choose_checkpoint(run: RunDirectory, which: str) -> Checkpoint:
+    """`latest`, `best` (lowest held-out loss) or a step's number, verified. Raises `UserError` naming what there is."""
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise UserError(f"run {run.name} has no checkpoint yet")
+    if which == "latest":
+        chosen: Checkpoint | None = checkpoints[-1]
+    elif which == "best":
+        chosen = best_checkpoint(checkpoints) or checkpoints[-1]
+    else:
+        chosen = next((item for item in checkpoints if which.isdigit() and item.step == int(which)), None)
+    if chosen is None:
+        steps = ", ".join(str(item.step) for item in checkpoints)
+        raise UserError(f"run {run.name} has no checkpoint {which!r}; there are latest, best and steps {steps}")
+    chosen.verify()
+    return chosen
+
+
+def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint with the lowest held-out loss, or None where none was measured."""
+    scored: list[tuple[float, Checkpoint]] = []
+    for checkpoint in checkpoints:
+        with contextlib.suppress(UserError):
+            score = checkpoint.state().get("val_loss")
+            if score is not None:
+                scored.append((float(score), checkpoint))
+    return min(scored)[1] if scored else None
+
+
+def prune_checkpoints(run: RunDirectory, keep: int) -> None:
+    """Deletes what is older than the `keep` newest checkpoints and not the best, and what a killed writer left."""
+    checkpoints = list_checkpoints(run)
+    stay = {*checkpoints[-keep:], best_checkpoint(checkpoints)}
+    for checkpoint in checkpoints:
+        if checkpoint not in stay:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+    for leftover in run.checkpoints_path.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
