@@ -1,0 +1,70 @@
+"""Kinds of runs, one file each: what model, data and loss, what to save, how to answer. The trainer knows none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.backend import mx
+from engine.commands import Generate
+from engine.profile import Profile
+
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is in memory at once: the arrays that a task's `loss` takes, and how many tokens it sums over."""
+
+    arrays: tuple[mx.array, ...]
+    tokens: int
+
+
+class Task(Protocol):
+    """One kind of run, made and used on the engine's worker thread."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The shape that computes; its weights are set before every use."""
+
+    data_digest: str
+    """Changes whenever the training data do."""
+
+    def total_steps(self) -> int:
+        """Length of the run in optimizer updates."""
+
+    def micro_batches(self, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+        """This rank's part of the batch of `step` (from 1): a pure function of the profile and the step."""
+
+    def heldout(self) -> Iterator[Batch]:
+        """The held-out data, each token once."""
+
+    def loss(self, *arrays: mx.array) -> mx.array:
+        """The summed loss of a batch in nats, float32, with the model's present weights."""
+
+    def heldout_metrics(self, loss_sum: float, tokens: int) -> Mapping[str, float]:
+        """`val_loss` and what else the held-out loss says."""
+
+    def part_of(self, parameter: str) -> str:
+        """The part of the model that a parameter belongs to, for grad norms by part."""
+
+    def initial_parameters(self) -> Any:
+        """The weights that a new run starts from (`model.init_from`, or random ones from the seed)."""
+
+    def load_parameters(self, folder: Path) -> Any:
+        """The weights of a checkpoint folder."""
+
+    def save(self, parameters: Any, folder: Path) -> None:
+        """Writes a folder that can be used elsewhere as it is."""
+
+    def answer(self, parameters: Any, ask: Generate) -> Iterator[str | None]:
+        """An answer a token at a time: a piece of text (which may be empty), or None while still reading the prompt."""
+
+
+def make_task(profile: Profile, runs_folder: Path) -> Task:
+    """Loads what a profile's kind needs: data, tokenizer, model."""
+    from engine.tasks.retention_lm import RetentionLMTask  # a kind's imports are paid for when it is run
+
+    return RetentionLMTask(profile, runs_folder)

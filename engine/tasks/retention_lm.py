@@ -1,0 +1,145 @@
+"""Pretraining of a power-retention language model from text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.backend import compute_dtype, mx
+from engine.checkpoint import choose_checkpoint
+from engine.commands import Generate
+from engine.data.packing import PackedSequences, batch_indices
+from engine.data.text_dataset import load_text_data
+from engine.data.tokenizers import load_tokenizer
+from engine.errors import UserError
+from engine.generate import generate
+from engine.models.retention_lm import RetentionLM, RetentionLMConfig
+from engine.ops.losses import cross_entropy_sum
+from engine.profile import Profile, RetentionModel
+from engine.store import RunDirectory
+from engine.tasks import Batch
+
+from mlx.utils import tree_map
+
+_PARTS = {"embedding": "embedding", "retention": "retention", "gate": "retention", "mlp": "mlp"}
+
+
+class RetentionLMTask:
+    """See `engine.tasks.Task`."""
+
+    def __init__(self, profile: Profile, runs_folder: Path) -> None:
+        self._profile, self._train = profile, profile.train
+        self._dtype = compute_dtype(profile.train.dtype)
+        self._init_folder = _find_weights(profile.model.init_from, runs_folder) if profile.model.init_from else None
+        data = profile.data
+        if data.tokenizer == "bpe" and self._init_folder is not None:
+            # weights only mean something with the tokenizer that they were trained with
+            data = data.model_copy(update={"tokenizer": str(self._init_folder)})
+        dataset = load_text_data(data, profile.model.vocab_size, self._train.sequence_length, profile.seed)
+        self._tokenizer, self._sequences, self._heldout = dataset.tokenizer, dataset.train, dataset.heldout
+        self.data_digest = dataset.digest
+        self._config = _config(profile.model)
+        mx.random.seed(profile.seed)
+        self.model = RetentionLM(self._config)
+        self.model.gradient_checkpointing = self._train.gradient_checkpointing
+
+    def total_steps(self) -> int:
+        train = self._train
+        if train.steps is not None:
+            return train.steps
+        if train.epochs is not None:
+            return math.ceil(train.epochs * len(self._sequences) / train.batch_size)
+        assert train.tokens is not None
+        return math.ceil(train.tokens / (train.batch_size * train.sequence_length))
+
+    def micro_batches(self, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+        chosen = batch_indices(len(self._sequences), self._train.batch_size, step - 1, self._profile.seed)
+        share = self._train.batch_size // ranks
+        yield from self._batches(self._sequences, chosen[rank * share : (rank + 1) * share])
+
+    def heldout(self) -> Iterator[Batch]:
+        yield from self._batches(self._heldout, range(len(self._heldout)))
+
+    def loss(self, *arrays: mx.array) -> mx.array:
+        rows, lengths = arrays
+        logits = self.model(rows[:, :-1])
+        counted = mx.arange(rows.shape[1] - 1) < lengths[:, None]
+        return cross_entropy_sum(logits, rows[:, 1:], counted)
+
+    def heldout_metrics(self, loss_sum: float, tokens: int) -> Mapping[str, float]:
+        loss = loss_sum / tokens
+        tokens_per_byte = self._heldout.tokens / self._heldout.bytes
+        return {
+            "val_loss": loss,
+            "val_perplexity": math.exp(min(loss, 700.0)),
+            "val_bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        }
+
+    def part_of(self, parameter: str) -> str:
+        return next((part for word, part in _PARTS.items() if word in parameter.split(".")), "norm")
+
+    def initial_parameters(self) -> Any:
+        return self.load_parameters(self._init_folder) if self._init_folder else self.model.trainable_parameters()
+
+    def load_parameters(self, folder: Path) -> Any:
+        loaded = RetentionLM.load(folder)
+        if loaded.config != self._config:
+            theirs, ours = asdict(loaded.config), asdict(self._config)
+            name = next(name for name in ours if ours[name] != theirs[name])
+            raise UserError(f"{folder}: its model has {name} = {theirs[name]}, the profile has {name} = {ours[name]}")
+        return loaded.trainable_parameters()
+
+    def save(self, parameters: Any, folder: Path) -> None:
+        self.model.update(parameters)
+        self.model.save(folder)
+        self._tokenizer.save(folder)
+
+    def answer(self, parameters: Any, ask: Generate) -> Iterator[str | None]:
+        speaker = RetentionLM(self._config)  # a shape of its own, so that it keeps its weights while training goes on
+        speaker.update(tree_map(lambda array: array.astype(self._dtype), parameters))
+        return speak(speaker, self._tokenizer, ask)
+
+    def _batches(self, sequences: PackedSequences, indices: Any) -> Iterator[Batch]:
+        size = self._train.micro_batch_size or self._train.batch_size
+        for start in range(0, len(indices), size):
+            rows, lengths = sequences.batch(indices[start : start + size])
+            yield Batch((mx.array(rows), mx.array(lengths)), int(lengths.sum()))
+
+
+def speak(model: RetentionLM, tokenizer: Any, ask: Generate) -> Iterator[str | None]:
+    """Continues a text, piece by piece; None while the prompt is still being read."""
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(ask.prompt)]
+    text = tokenizer.stream()
+    for token in generate(
+        model,
+        prompt,
+        max_tokens=ask.max_tokens,
+        temperature=ask.temperature,
+        top_p=ask.top_p,
+        seed=ask.seed,
+        end_of_text=tokenizer.end_of_text,
+    ):
+        yield None if token is None else text.push(token)
+
+
+def load_speaker(folder: Path) -> tuple[RetentionLM, Any]:
+    """The model and tokenizer of a checkpoint folder, for `speak`."""
+    return RetentionLM.load(folder), load_tokenizer(folder)
+
+
+def _config(model: RetentionModel) -> RetentionLMConfig:
+    names = ("width", "layers", "heads", "kv_heads", "hidden", "vocab_size", "power", "chunk_size", "switch_over")
+    return RetentionLMConfig(**{name: getattr(model, name) for name in names}, rope_theta=model.rope_theta)
+
+
+def _find_weights(name: str, runs_folder: Path) -> Path:
+    """The folder that `model.init_from` names: a run (its best checkpoint), a checkpoint or any model folder."""
+    for path in (runs_folder / name, Path(name).expanduser()):
+        if (path / "run.json").is_file():
+            return choose_checkpoint(RunDirectory(path), "best").path
+        if (path / "model.safetensors").is_file():
+            return path
+    raise UserError(f"model.init_from = {name!r}: neither a run in {runs_folder} nor a folder with model.safetensors")

@@ -1,0 +1,129 @@
+"""One optimizer update: gradients of micro-batches as sums over tokens, their norm, the clipped step.
+
+Sums, not means: so any split of a batch into micro-batches, and over ranks, gives the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.backend import mx, scalar
+from engine.optimizer import AdamW
+from engine.profile import Train
+from engine.ranks import Ranks
+from engine.tasks import Batch, Task
+
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A whole step's gradient, evaluated, not yet applied.
+
+    `loss` is nats a token; norms are of the mean gradient a token, before clipping, in total and by part of the model.
+    """
+
+    sums: Any
+    tokens: int
+    loss: float
+    norm: float
+    part_norms: dict[str, float]
+
+
+class Update:
+    """Weights and optimizer of a run, and the functions that move them.
+
+    `parameters` is a tree of float32 master weights; the task's model is only the shape that computes with them, in
+    `dtype`. `compiled` for GPUs, where it pays.
+    """
+
+    def __init__(self, task: Task, train: Train, ranks: Ranks, dtype: mx.Dtype, compiled: bool) -> None:
+        self.parameters: Any = task.model.trainable_parameters()
+        self.optimizer = AdamW(train)
+        self.optimizer.init(self.parameters)
+        self._task, self._ranks, self._clip_norm, self._dtype = task, ranks, train.clip_norm, dtype
+        self._sums: tuple[mx.array, Any] | None = None
+        self._tokens = 0
+        self._loss: Callable[..., mx.array] = self._sum_of_losses
+        self._gradients: Callable[..., tuple[mx.array, Any]] = mx.value_and_grad(self._sum_of_losses)
+        self._apply: Callable[..., tuple[Any, Any]] = self._scale_and_apply
+        if compiled:
+            self._loss, self._gradients = mx.compile(self._loss), mx.compile(self._gradients)
+            self._apply = mx.compile(self._apply)
+
+    def accumulate(self, batch: Batch) -> None:
+        """Adds one micro-batch's loss and gradients, and evaluates the sums."""
+        sums = self._gradients(self.parameters, *batch.arrays)
+        if self._sums is not None:
+            sums = tree_map(mx.add, self._sums, sums)
+        mx.eval(sums)
+        self._sums = sums
+        self._tokens += batch.tokens
+
+    def drop(self) -> None:
+        """Forgets what was accumulated."""
+        self._sums, self._tokens = None, 0
+
+    def collect(self) -> Gradient:
+        """The gradient of all that was accumulated since the last call, on all ranks. Weights are untouched."""
+        assert self._sums is not None, "nothing was accumulated"
+        loss, sums = self._ranks.sum(self._sums)
+        tokens = int(scalar(self._ranks.sum(mx.array(self._tokens))))
+        self.drop()
+        squares: dict[str, mx.array] = defaultdict(lambda: mx.array(0.0))
+        for name, gradient in tree_flatten(sums):
+            squares[self._task.part_of(name)] += gradient.astype(mx.float32).square().sum()
+        mx.eval(loss, sums, squares)
+        parts = {part: scalar(square) / tokens**2 for part, square in squares.items()}
+        return Gradient(
+            sums=sums,
+            tokens=tokens,
+            loss=scalar(loss) / tokens,
+            norm=math.sqrt(sum(parts.values())),
+            part_norms={part: math.sqrt(square) for part, square in sorted(parts.items())},
+        )
+
+    def apply(self, gradient: Gradient, learning_rate: float) -> None:
+        """Clips by the global norm and moves the weights."""
+        scale = 1.0 / gradient.tokens
+        if self._clip_norm and gradient.norm > self._clip_norm:
+            scale *= self._clip_norm / gradient.norm
+        self.optimizer.learning_rate = learning_rate
+        self.parameters, self.optimizer.state = self._apply(
+            self.parameters, self.optimizer.state, gradient.sums, mx.array(scale)
+        )
+        mx.eval(self.parameters, self.optimizer.state)
+
+    def loss(self, batch: Batch) -> float:
+        """The summed loss of a batch in nats, without gradients."""
+        return scalar(self._loss(self.parameters, *batch.arrays))
+
+    def optimizer_state(self) -> dict[str, mx.array]:
+        """The optimizer's state as flat names and arrays, for a checkpoint."""
+        return dict(tree_flatten(self.optimizer.state))
+
+    def restore(self, parameters: Any, optimizer_state: Mapping[str, mx.array] | None) -> None:
+        """Takes weights, and the optimizer's state where there is one (a fresh one stays otherwise)."""
+        self.parameters = parameters
+        if optimizer_state is not None:
+            self.optimizer.state = tree_unflatten(list(optimizer_state.items()))
+        mx.eval(self.parameters, self.optimizer.state)
+
+    def agree(self) -> None:
+        """Gives every rank the chief's weights and optimizer state."""
+        self.parameters = self._ranks.from_chief(self.parameters)
+        self.optimizer.state = self._ranks.from_chief(self.optimizer.state)
+        mx.eval(self.parameters, self.optimizer.state)
+
+    def _sum_of_losses(self, parameters: Any, *arrays: mx.array) -> mx.array:
+        self._task.model.update(tree_map(lambda array: array.astype(self._dtype), parameters))
+        return self._task.loss(*arrays)
+
+    def _scale_and_apply(self, parameters: Any, state: Any, sums: Any, scale: mx.array) -> tuple[Any, Any]:
+        self.optimizer.state = state
+        parameters = self.optimizer.apply_gradients(tree_map(lambda array: array * scale, sums), parameters)
+        return parameters, self.optimizer.state
