@@ -12,6 +12,9 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import cast
+
+import psutil
 
 REFERENCE_BLAS = "reference"
 ACCELERATE = "Accelerate"
@@ -56,3 +59,37 @@ BLAS = load_fast_blas()
 import mlx.core as mx  # noqa: E402
 
 __all__ = ["BLAS", "REFERENCE_BLAS", "mx"]
+
+
+def on_gpu() -> bool:
+    """True where MLX computes on a GPU (Metal or CUDA)."""
+    return bool(mx.default_device().type == mx.gpu)
+
+
+def device_words() -> str:
+    """The device in a word or two: `cpu`, or the GPU's name."""
+    if not on_gpu():
+        return "cpu"
+    return str(mx.device_info().get("device_name", "gpu"))
+
+
+def compute_dtype(name: str) -> mx.Dtype:
+    """The dtype that a profile's `train.dtype` means on this machine. `auto`: float32 on CPU, bfloat16 on GPU."""
+    if name == "auto":
+        return mx.bfloat16 if on_gpu() else mx.float32
+    return mx.bfloat16 if name == "bfloat16" else mx.float32
+
+
+def scalar(array: mx.array) -> float:
+    """The value of an array of one element; waits for it."""
+    return float(cast(float, array.item()))
+
+
+def memory_bytes() -> dict[str, float]:
+    """MLX's active, peak and cache memory and this process's own, as metrics. The peak does not contain the cache."""
+    return {
+        "active_memory_bytes": mx.get_active_memory(),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "cache_memory_bytes": mx.get_cache_memory(),
+        "process_memory_bytes": psutil.Process().memory_info().rss,
+    }

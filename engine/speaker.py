@@ -1,0 +1,18 @@
+"""A saved model that continues a text, outside of any training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.checkpoint import choose_checkpoint
+from engine.commands import Generate
+from engine.store import find_run
+from engine.tasks.retention_lm import load_speaker, speak
+
+
+def continue_text(runs_folder: Path, run: str, checkpoint: str, ask: Generate) -> Iterator[str]:
+    """Pieces of text that follow `ask.prompt`, from a run's checkpoint. Raises `UserError` where there is none."""
+    folder = choose_checkpoint(find_run(runs_folder, run), checkpoint).path
+    model, tokenizer = load_speaker(folder)
+    return (piece for piece in speak(model, tokenizer, ask) if piece)

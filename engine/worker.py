@@ -1,0 +1,127 @@
+"""The thread that owns MLX: commands in, events out, nothing else."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import deque
+from queue import SimpleQueue
+
+from engine.commands import Command
+from engine.errors import ExitCode, UserError
+from engine.events import Event, RunEnded, State, StepCompleted
+from engine.journal import Journal
+from engine.profile import Profile
+from engine.store import RunDirectory
+
+_STEPS_KEPT = 4096
+
+
+class Mailbox:
+    """Events for one reader, who may be slow or gone: the engine never waits for it.
+
+    It is bounded by thinning steps out, oldest first; no other event is lost.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._steps = 0
+        self._arrived = threading.Condition()
+
+    def put(self, event: Event) -> None:
+        with self._arrived:
+            self._events.append(event)
+            self._steps += isinstance(event, StepCompleted)
+            if self._steps > 2 * _STEPS_KEPT:
+                self._thin_out()
+            self._arrived.notify()
+
+    def take(self, timeout_seconds: float = 0.0) -> list[Event]:
+        """All events since the last call, oldest first; waits at most `timeout_seconds` for a first one."""
+        with self._arrived:
+            if not self._events and timeout_seconds:
+                self._arrived.wait(timeout_seconds)
+            taken = list(self._events)
+            self._events.clear()
+            self._steps = 0
+        return taken
+
+    def _thin_out(self) -> None:
+        surplus = self._steps - _STEPS_KEPT
+        kept: deque[Event] = deque()
+        for event in self._events:
+            if surplus and isinstance(event, StepCompleted):
+                surplus -= 1
+            else:
+                kept.append(event)
+        self._events, self._steps = kept, _STEPS_KEPT
+
+
+class Engine:
+    """One run in one thread of this process. Make it, subscribe, start it, send it commands, join it.
+
+    `resume_from` is None for a new run, `latest`, or a step's number.
+    """
+
+    def __init__(self, run: RunDirectory, profile: Profile, resume_from: str | None = None) -> None:
+        self.run, self.profile = run, profile
+        self.ended: RunEnded | None = None
+        self._resume_from = resume_from
+        self._inbox: SimpleQueue[Command] = SimpleQueue()
+        self._mailboxes: list[Mailbox] = []
+        self._thread = threading.Thread(target=self._work, name=f"engine of {run.name}")
+
+    def subscribe(self) -> Mailbox:
+        """A new reader of everything that is said from now on."""
+        mailbox = Mailbox()
+        self._mailboxes.append(mailbox)
+        return mailbox
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        """Hands a command to the worker; never waits."""
+        self._inbox.put(command)
+
+    def join(self, timeout_seconds: float | None = None) -> RunEnded | None:
+        """Waits for the end; None if it has not come in time."""
+        self._thread.join(timeout_seconds)
+        return self.ended
+
+    def _say(self, event: Event) -> None:
+        for mailbox in self._mailboxes:
+            mailbox.put(event)
+
+    def _work(self) -> None:
+        from engine.backend import mx  # MLX's streams belong to the thread that first uses them
+        from engine.ranks import Ranks
+        from engine.trainer import Outcome, Trainer
+
+        journal: Journal | None = None
+        step = 0
+        try:
+            ranks = Ranks()
+            journal = Journal(self.run if ranks.chief else None, self._say)
+            journal.enter(State.LOADING)
+            trainer = Trainer(self.run, self.profile, ranks, journal, self._inbox, self._resume_from)
+            try:
+                outcome = trainer.train()
+            finally:
+                step = trainer.progress.step
+        except UserError as error:
+            outcome = Outcome(State.FAILED, str(error), ExitCode.BAD_INPUT)
+        except Exception as error:  # a defect of ours: the log gets the traceback, the user one line
+            outcome = Outcome(
+                State.FAILED, f"internal error: {error!r}; details in {self.run.log_path}", ExitCode.DEFECT
+            )
+            if journal is not None:
+                journal.write(traceback.format_exc())
+        finally:
+            mx.clear_streams()  # else the process may abort at exit
+        self.ended = RunEnded(state=outcome.state, reason=outcome.reason, exit_code=outcome.exit_code, step=step)
+        if journal is None:
+            self._say(self.ended)
+            return
+        journal.end(self.ended)
+        journal.close()
