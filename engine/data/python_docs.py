@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import os
 import re
 import sys
 import sysconfig
@@ -47,9 +48,9 @@ def python_docs() -> tuple[list[str], list[str]]:
     heldout_keys = keys[_first_heldout([len(topics[key]) for key in keys]) :]
     heldout = [topics[key] for key in heldout_keys]
     shared = {window for text in heldout for window in _windows(text)}
-    training = [topics[key] for key in keys if key not in set(heldout_keys)]
+    training = [topics[key] for key in keys if key not in heldout_keys]
     training += _docstring_documents(Path(sysconfig.get_path("stdlib")))
-    cleaned = (_without(shared, text) for text in training)
+    cleaned = dict.fromkeys(_without(shared, text) for text in training)
     return [text for text in cleaned if text.strip()], heldout
 
 
@@ -72,13 +73,17 @@ def _first_heldout(sizes: list[int]) -> int:
 def _docstring_documents(library: Path) -> Iterator[str]:
     """One document a module: its docstrings in the order of the source; a docstring seen before is left out."""
     seen: set[str] = set()
-    for path in sorted(library.rglob("*.py")):
-        if _SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
-            continue
+    for path in _modules(library):
         fresh = [text for text in _docstrings(path) if text not in seen]
         seen.update(fresh)
         if fresh:
             yield "\n\n".join(dict.fromkeys(fresh)) + "\n"
+
+
+def _modules(library: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(library):
+        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+        yield from (Path(parent, name) for name in sorted(files) if name.endswith(".py"))
 
 
 def _docstrings(path: Path) -> list[str]:

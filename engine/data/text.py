@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +76,13 @@ def gzip_bits_per_byte(texts: Iterable[str]) -> float:
 
 
 def _split_documents(documents: Sequence[str], fraction: float, seed: int) -> Corpus:
-    distinct = list(dict.fromkeys(documents))  # equal documents must fall on the same side
+    copies = Counter(documents)
+    distinct = list(copies)  # equal documents must fall on the same side
     if len(distinct) < 2:
         raise UserError(
             'data.split = "document": the text is one document, and whole documents are held out; use split = "tail"'
         )
-    sizes = [len(text) for text in distinct]
+    sizes = [len(text) * count for text, count in copies.items()]
     target = fraction * sum(sizes)
     chosen: list[int] = []
     held = 0
