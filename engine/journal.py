@@ -71,10 +71,6 @@ class Journal:
             self._store.record(step, metrics)
             self.flush()
 
-    def write(self, text: str) -> None:
-        """Writes text to the log only: tracebacks."""
-        self._write_log(text.rstrip("\n"))
-
     def flush(self) -> None:
         """Writes what waits for the store; says once when that fails, and once when it works again."""
         if self._store is None:

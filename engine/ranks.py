@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.backend import mx, scalar
 
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 class Ranks:
@@ -25,7 +25,9 @@ class Ranks:
         """The sum of each array over all ranks."""
         if self.size == 1:
             return tree
-        return tree_map(lambda array: mx.distributed.all_sum(array, group=self._group), tree)
+        # Sorted, because ranks must exchange arrays in one order, and a loaded tree may be in another than a fresh one.
+        named = sorted(tree_flatten(tree))
+        return tree_unflatten([(name, mx.distributed.all_sum(array, group=self._group)) for name, array in named])
 
     def from_chief(self, tree: Any) -> Any:
         """Rank 0's arrays, on every rank. All ranks give a tree of the same shapes and dtypes."""

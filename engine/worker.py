@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import traceback
 from collections import deque
@@ -99,29 +100,29 @@ class Engine:
         from engine.trainer import Outcome, Trainer
 
         journal: Journal | None = None
-        step = 0
+        trainer: Trainer | None = None
         try:
             ranks = Ranks()
             journal = Journal(self.run if ranks.chief else None, self._say)
             journal.enter(State.LOADING)
             trainer = Trainer(self.run, self.profile, ranks, journal, self._inbox, self._resume_from)
-            try:
-                outcome = trainer.train()
-            finally:
-                step = trainer.progress.step
+            outcome = trainer.train()
         except UserError as error:
             outcome = Outcome(State.FAILED, str(error), ExitCode.BAD_INPUT)
         except Exception as error:  # a defect of ours: the log gets the traceback, the user one line
-            outcome = Outcome(
-                State.FAILED, f"internal error: {error!r}; details in {self.run.log_path}", ExitCode.DEFECT
-            )
-            if journal is not None:
-                journal.write(traceback.format_exc())
-        finally:
-            mx.clear_streams()  # else the process may abort at exit
-        self.ended = RunEnded(state=outcome.state, reason=outcome.reason, exit_code=outcome.exit_code, step=step)
+            self._log_traceback()
+            reason = f"internal error: {error!r}; details in {self.run.log_path}"
+            outcome = Outcome(State.FAILED, reason, ExitCode.DEFECT)
+        step = trainer.progress.step if trainer else 0
+        ended = RunEnded(state=outcome.state, reason=outcome.reason, exit_code=outcome.exit_code, step=step)
         if journal is None:
-            self._say(self.ended)
-            return
-        journal.end(self.ended)
-        journal.close()
+            self._say(ended)
+        else:
+            journal.end(ended)
+            journal.close()
+        self.ended = ended
+        mx.clear_streams()  # else the process may abort at exit
+
+    def _log_traceback(self) -> None:
+        with contextlib.suppress(OSError), self.run.log_path.open("a", encoding="utf-8") as log:
+            log.write(traceback.format_exc())

@@ -111,10 +111,14 @@ class RetentionLM(nn.Module):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Logits [batch, time, vocabulary] of whole sequences of token ids [batch, time]."""
+        return self.embedding.as_linear(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: mx.array) -> mx.array:
+        """What the output layer (the embedding) reads: [batch, time, width]."""
         x = self.embedding(tokens)
         for layer in self.layers:
             x = _recomputed_layer(layer, x) if self.gradient_checkpointing else layer(x)
-        return self.embedding.as_linear(self.norm(x))
+        return self.norm(x)
 
     def forward(
         self, tokens: mx.array, states: Sequence[RetentionState] | None = None
