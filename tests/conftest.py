@@ -1,5 +1,77 @@
-"""Shared fixtures."""
+"""Shared fixtures: a run small enough to be trained many times."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+# Tiny matrices gain nothing from a second thread, and tests share their cores with the processes that they start.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import engine.backend  # noqa: F401  (the fast BLAS must be loaded before anything imports MLX)
+from engine.profile import Profile, load_profile
+
+TINY = """
+kind = "retention-lm"
+description = "small enough to be trained in a test"
+
+[model]
+width = 32
+layers = 2
+heads = 2
+vocab_size = 300
+
+[data]
+files = ["text"]
+
+[train]
+steps = 12
+batch_size = 8
+micro_batch_size = 4
+sequence_length = 32
+learning_rate = 3e-3
+warmup_steps = 3
+
+[validate]
+every = 5
+batches = 2
+
+[checkpoint]
+every = 4
+keep = 2
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Packed text goes to a folder of this session, also in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETENTION_TUI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The file of a tiny profile, with its text beside it."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for index, key in enumerate(sorted(topics)[:12]):
+        (text / f"{index:02}.txt").write_text(topics[key], encoding="utf-8")
+    profile = tmp_path / "tiny.toml"
+    profile.write_text(TINY, encoding="utf-8")
+    return profile
+
+
+@pytest.fixture
+def tiny_profile(tiny: Path) -> Callable[..., Profile]:
+    """`tiny_profile(**{"train.steps": 3})`: the tiny profile with overrides."""
+
+    def load(**overrides: object) -> Profile:
+        return load_profile(str(tiny), [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+
+    return load

@@ -1,0 +1,454 @@
+"""A whole run through the engine: what it says and stores, and that nothing one does beside it changes its course."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.backend import mx
+from engine.checkpoint import Checkpoint as SavedCheckpoint
+from engine.checkpoint import list_checkpoints
+from engine.commands import CancelGeneration, Checkpoint, Command, Generate, Pause, Resume, Stop, Validate
+from engine.environment import environment
+from engine.errors import ExitCode
+from engine.events import (
+    Alarm,
+    AnswerEnded,
+    AnswerStarted,
+    AnswerText,
+    CheckpointSaved,
+    Event,
+    RunEnded,
+    RunOpened,
+    State,
+    StateChanged,
+    StepCompleted,
+    Validated,
+)
+from engine.guards.divergence import DivergenceGuard, Verdict
+from engine.profile import Profile
+from engine.store import RunDirectory, create_run
+from engine.worker import Engine, Mailbox
+
+PATIENCE_SECONDS = 60
+
+
+class Ride:
+    """An engine at work and a reader of its events."""
+
+    def __init__(self, run: RunDirectory, profile: Profile, resume_from: str | None = None) -> None:
+        self.run = run
+        self.engine = Engine(run, profile, resume_from)
+        self._mailbox = self.engine.subscribe()
+        self.events: list[Event] = []
+        self.engine.start()
+
+    def send(self, command: Command) -> None:
+        self.engine.send(command)
+
+    def until(self, wanted: Callable[[Event], bool]) -> Event:
+        """Reads on until an event is wanted; fails when the run ends before."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        position = 0
+        while time.monotonic() < deadline:
+            for event in self._mailbox.take(0.1):
+                self.events.append(event)
+            for event in self.events[position:]:
+                if wanted(event):
+                    return event
+            position = len(self.events)
+            assert self.engine.ended is None or self._mailbox.take() == [], "the run ended before"
+        raise AssertionError(f"waited {PATIENCE_SECONDS} s in vain; last was {self.events[-1:]}")
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda event: isinstance(event, StepCompleted) and event.step >= step)
+
+    def end(self) -> RunEnded:
+        ended = self.engine.join(PATIENCE_SECONDS)
+        assert ended is not None, "the run does not end"
+        self.events += self._mailbox.take()
+        return ended
+
+    def of(self, kind: type) -> list:  # type: ignore[type-arg]
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+Start = Callable[..., Ride]
+
+
+@pytest.fixture
+def start(tiny_profile: Callable[..., Profile], tmp_path: Path) -> Iterator[Start]:
+    rides: list[Ride] = []
+
+    def go(resume: RunDirectory | None = None, which: str = "latest", **overrides: object) -> Ride:
+        profile = tiny_profile(**overrides)
+        identity = {"profile": profile.model_dump(mode="json", by_alias=True), "environment": environment()}
+        run = resume or create_run(tmp_path / "runs", "tiny", identity)
+        rides.append(Ride(run, profile, which if resume else None))
+        return rides[-1]
+
+    yield go
+    for ride in rides:
+        ride.send(Stop(checkpoint=False))
+        ride.end()
+
+
+def losses(run: RunDirectory) -> list[float]:
+    steps, values = run.curve("loss")
+    assert steps.tolist() == list(range(1, len(steps) + 1))
+    return values.tolist()
+
+
+def weights(checkpoint: SavedCheckpoint) -> dict[str, np.ndarray]:
+    loaded = mx.load(str(checkpoint.path / "model.safetensors"))
+    assert isinstance(loaded, dict)
+    return {name: np.array(array) for name, array in loaded.items()}
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_from_beginning_to_end(start: Start) -> None:
+    ride = start()
+    ended = ride.end()
+    assert (ended.state, ended.exit_code, ended.step) == (State.FINISHED, ExitCode.OK, 12)
+    (opened,) = ride.of(RunOpened)
+    assert (opened.step, opened.total_steps, opened.attempt, opened.dtype) == (0, 12, 1, "float32")
+    steps = ride.of(StepCompleted)
+    assert [event.step for event in steps] == list(range(1, 13))
+    assert [event.metrics["trained_tokens"] for event in steps] == [8 * 32 * step for step in range(1, 13)]
+    assert all(math.isfinite(value) for event in steps for value in event.metrics.values())
+    assert steps[-1].remaining_seconds == 0
+    assert [event.step for event in ride.of(Validated)] == [5, 10, 12]
+    assert ride.events[-1] == ended
+
+    run = ride.run
+    assert losses(run) == [event.metrics["loss"] for event in steps]
+    assert losses(run)[-1] < losses(run)[0] - 0.2
+    for event in ride.of(Validated):
+        assert math.log(event.metrics["val_perplexity"]) == pytest.approx(event.metrics["val_loss"])
+        assert event.metrics["val_bits_per_byte"] < event.metrics["val_loss"] / math.log(2)
+    summary = run.summary()
+    assert (summary.state, summary.step, summary.total_steps, summary.live) == ("finished", 12, 12, False)
+    log = run.log_path.read_text(encoding="utf-8")
+    assert "Iter 10: Train loss" in log and "Grad norm" in log and "finished at step 12" in log
+    # The last two, and the best, which is the last one here.
+    assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [10, 12]
+    for checkpoint in list_checkpoints(run):
+        checkpoint.verify()
+
+
+def test_nothing_beside_training_changes_it(start: Start) -> None:
+    """Chats, greedy and sampled, validations, pauses and checkpoints: the same losses, and weights, bit for bit."""
+    alone = start(**{"train.steps": 40})
+    alone.end()
+
+    ride = start(**{"train.steps": 40})
+    ride.until_step(2)
+    ride.send(Generate("greedy", "The with statement", max_tokens=400, temperature=0.0))
+    ride.send(Generate("sampled", "Compound statements", max_tokens=400, temperature=1.0, seed=7))
+    ride.until_step(6)
+    ride.send(Validate())
+    ride.send(Pause())
+    ride.until(lambda event: isinstance(event, StateChanged) and event.state is State.PAUSED)
+    ride.send(Generate("paused", "While", max_tokens=20))
+    ride.send(Checkpoint())
+    ride.send(Validate())
+    ride.until(lambda event: isinstance(event, AnswerEnded) and event.answer == "paused")
+    ride.until(lambda event: isinstance(event, CheckpointSaved))
+    ride.send(Resume())
+    ride.until_step(20)
+    ride.send(Checkpoint())
+    ride.send(Generate("late", "Lambda", max_tokens=5, temperature=0.3))
+    ride.end()
+    assert losses(ride.run) == losses(alone.run)
+    assert same(weights(list_checkpoints(ride.run)[-1]), weights(list_checkpoints(alone.run)[-1]))
+    assert {event.answer for event in ride.of(AnswerEnded)} == {"greedy", "sampled", "paused", "late"}
+
+
+def test_a_chat_streams_while_training_goes_on(start: Start) -> None:
+    ride = start(**{"train.steps": 100_000})
+    ride.until_step(3)
+    for seed in range(20):  # a model that has learnt so little may end a text at any token
+        ride.send(Generate(f"chat {seed}", "The import statement", max_tokens=500, temperature=0.8, seed=seed))
+        ended = ride.until(lambda event: isinstance(event, AnswerEnded))
+        assert isinstance(ended, AnswerEnded)
+        assert ended.reason == ("length" if ended.tokens == 500 else "end of text")
+        if ended.tokens > 100:
+            break
+        ride.events.clear()
+    begun = next(i for i, event in enumerate(ride.events) if isinstance(event, AnswerStarted))
+    over = ride.events.index(ended)
+    pieces = [i for i, event in enumerate(ride.events) if isinstance(event, AnswerText)]
+    steps = [i for i, event in enumerate(ride.events) if isinstance(event, StepCompleted) and begun < i < over]
+    assert len(steps) >= 2 and min(pieces) < steps[-1] and max(pieces) > steps[-2]
+    # A token for every micro-batch at least; a step has two of them. The prompt takes some, incomplete characters few.
+    assert ended.tokens >= 2 * len(steps) - 4
+
+
+def test_a_cancelled_answer_stops_and_the_others_go_on(start: Start) -> None:
+    ride = start(**{"train.steps": 100_000, "model.vocab_size": 280})
+    ride.until_step(3)
+    ride.send(Pause())
+    for answer in ("first", "second"):
+        ride.send(Generate(answer, "x", max_tokens=100_000, temperature=2.0, top_p=1.0, seed=3))
+    ride.until(lambda event: isinstance(event, AnswerText) and event.answer == "second")
+    ride.send(CancelGeneration("first"))
+    cancelled = ride.until(lambda event: isinstance(event, AnswerEnded) and event.answer == "first")
+    assert isinstance(cancelled, AnswerEnded) and cancelled.reason in ("cancelled", "end of text")
+    ride.send(Stop(checkpoint=False))
+    ride.end()
+    assert {event.reason for event in ride.of(AnswerEnded)} <= {"cancelled", "run ended", "end of text"}
+    assert not list_checkpoints(ride.run)
+
+
+def test_an_answer_keeps_the_weights_that_it_began_with(start: Start) -> None:
+    """While training at a violent rate, a greedy answer is the one that the paused weights give."""
+    ride = start(**{"train.steps": 100_000, "train.learning_rate": 0.05, "train.batch_size": 4})
+    ride.until_step(3)
+    ride.send(Pause())
+    ride.until(lambda event: isinstance(event, StateChanged) and event.state is State.PAUSED)
+    ask = {"prompt": "The with statement", "max_tokens": 60, "temperature": 0.0}
+    ride.send(Generate("still", **ask))
+    ride.until(lambda event: isinstance(event, AnswerEnded))
+    ride.send(Generate("moving", **ask))
+    ride.until(lambda event: isinstance(event, AnswerStarted) and event.answer == "moving")
+    ride.send(Resume())
+    ride.until(lambda event: isinstance(event, AnswerEnded) and event.answer == "moving")
+
+    def text(answer: str) -> str:
+        return "".join(event.text for event in ride.of(AnswerText) if event.answer == answer)
+
+    assert text("moving") == text("still") != ""
+
+
+def test_stopping_and_resuming_changes_nothing(start: Start) -> None:
+    alone = start(**{"train.steps": 30})
+    alone.end()
+
+    ride = start(**{"train.steps": 30})
+    ride.until_step(7)
+    ride.send(Stop(reason="enough for today"))
+    ended = ride.end()
+    assert (ended.state, ended.reason, ended.exit_code) == (State.STOPPED, "enough for today", ExitCode.OK)
+    run, stopped_at = ride.run, ended.step
+    assert run.summary().state == "stopped"
+    assert list_checkpoints(run)[-1].step == stopped_at < 30
+
+    again = start(resume=run, **{"train.steps": 30})
+    again.until_step(stopped_at + 3)
+    again.send(Stop())
+    again.end()
+    last = start(resume=run, **{"train.steps": 30})
+    assert last.end().state is State.FINISHED
+    assert losses(run) == losses(alone.run)
+    assert same(weights(list_checkpoints(run)[-1]), weights(list_checkpoints(alone.run)[-1]))
+    elapsed = run.curve("elapsed_seconds")[1]
+    assert np.all(np.diff(elapsed) > 0)
+    assert [attempt.id for attempt in run.attempts()] == [1, 2, 3]
+    assert not ride.of(Alarm) and not again.of(Alarm)
+
+
+def test_resuming_a_finished_run_has_nothing_to_do(start: Start) -> None:
+    ride = start()
+    ride.end()
+    again = start(resume=ride.run)
+    ended = again.end()
+    assert (ended.state, ended.exit_code, ended.step) == (State.FINISHED, ExitCode.OK, 12)
+    assert not again.of(StepCompleted)
+    assert len(losses(ride.run)) == 12
+
+
+def test_going_back_to_a_step_keeps_the_old_rows(start: Start) -> None:
+    ride = start()
+    ride.end()
+    first = losses(ride.run)
+    back = start(resume=ride.run, which="10", **{"train.learning_rate": 1e-4, "train.warmup_steps": 0})
+    assert back.end().state is State.FINISHED
+    again = losses(ride.run)
+    assert again[:10] == first[:10] and len(again) == 12
+    assert again[11] != first[11]
+    with ride.run.reader() as database:
+        assert database is not None
+        rows = "SELECT count(*) FROM value JOIN metric ON id = metric WHERE name = 'loss'"
+        assert database.execute(rows).fetchone()[0] == 14
+    names = [checkpoint.path.name for checkpoint in list_checkpoints(ride.run)]
+    assert names == ["step-0000010", "step-0000012.a2"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "state"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(start: Start, damage: str) -> None:
+    ride = start()
+    ride.end()
+    expected = losses(ride.run)
+    newest = list_checkpoints(ride.run)[-1].path
+    broken = newest / ("state.json" if damage == "state" else "optimizer.safetensors")
+    content = broken.read_bytes()
+    if damage == "remove":
+        broken.unlink()
+    elif damage == "flip":
+        middle = len(content) // 2
+        broken.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        broken.write_bytes(content[: len(content) // 2])
+    again = start(resume=ride.run)
+    assert again.end().exit_code == ExitCode.OK
+    (alarm,) = again.of(Alarm)
+    assert "step-0000012" in alarm.text and broken.name in alarm.text and "falling back" in alarm.text
+    assert again.of(RunOpened)[0].step == 10
+    assert losses(ride.run) == expected
+    assert list_checkpoints(ride.run)[-1].path.name == "step-0000012.a2"
+
+    asked = start(resume=ride.run, which="10")
+    assert asked.end().exit_code == ExitCode.OK
+    missing = start(resume=ride.run, which="7")
+    ended = missing.end()
+    assert ended.exit_code == ExitCode.BAD_INPUT
+    assert "no checkpoint '7'" in ended.reason and "\n" not in ended.reason
+
+
+def test_without_any_intact_checkpoint_it_begins_again(start: Start) -> None:
+    ride = start()
+    ride.end()
+    expected = losses(ride.run)
+    for checkpoint in list_checkpoints(ride.run):
+        (checkpoint.path / "model.safetensors").write_bytes(b"")
+    again = start(resume=ride.run)
+    assert again.end().state is State.FINISHED
+    assert again.of(RunOpened)[0].step == 0
+    assert len(again.of(Alarm)) == 2
+    assert losses(ride.run) == expected
+
+
+def test_other_data_are_refused(start: Start, tmp_path: Path) -> None:
+    ride = start()
+    ride.end()
+    changed = next((tmp_path / "text").iterdir())
+    changed.write_text("something else entirely. " * 400)
+    ended = start(resume=ride.run).end()
+    assert ended.exit_code == ExitCode.BAD_INPUT
+    assert "data are not those" in ended.reason and "\n" not in ended.reason
+
+
+def test_another_environment_is_a_warning(start: Start) -> None:
+    ride = start()
+    ride.end()
+    identity = ride.run.identity()
+    ride.run.update_identity(environment=identity["environment"] | {"blas_threads": "77"})
+    again = start(resume=ride.run, which="10")
+    assert again.end().exit_code == ExitCode.OK
+    (alarm,) = again.of(Alarm)
+    assert "blas_threads was 77" in alarm.text
+
+
+def test_a_full_disk_is_an_alarm_and_training_goes_on(start: Start) -> None:
+    """The limit on the size of a file makes the same system calls fail that a full disk does."""
+    ride = start(**{"train.steps": 400, "validate.every": 0, "checkpoint.every": 20, "model.width": 64})
+    saved = ride.until(lambda event: isinstance(event, CheckpointSaved))
+    assert isinstance(saved, CheckpointSaved)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        alarm = ride.until(lambda event: isinstance(event, Alarm) and "checkpoint" in event.text)
+        behind = ride.of(StepCompleted)[-1].step
+        ride.until_step(behind + 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(alarm, Alarm) and alarm.level == "critical"
+    assert "could not be written" in alarm.text and "\n" not in alarm.text
+    assert saved.step in [checkpoint.step for checkpoint in list_checkpoints(ride.run)]
+    assert not list(ride.run.checkpoints_path.glob(".writing-*"))
+    ride.send(Stop())
+    ended = ride.end()
+    assert ended.exit_code == ExitCode.OK
+    assert list_checkpoints(ride.run)[-1].step == ended.step
+    assert len(losses(ride.run)) == ended.step
+
+
+def test_what_cannot_be_stored_is_kept_until_it_can(start: Start) -> None:
+    ride = start(**{"train.steps": 200, "validate.every": 0, "checkpoint.every": 0})
+    ride.until_step(5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        alarm = ride.until(lambda event: isinstance(event, Alarm))
+        ride.until_step(ride.of(StepCompleted)[-1].step + 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(alarm, Alarm) and "run.sqlite could not be written" in alarm.text
+    ended = ride.end()
+    assert ended.state is State.FINISHED
+    assert len(losses(ride.run)) == 200
+
+
+def test_a_loss_that_is_no_number_never_reaches_the_weights(start: Start, tmp_path: Path) -> None:
+    """Weights so large that the loss overflows, though they are finite: three steps, none applied, exit code 4."""
+    ride = start(**{"train.steps": 4})
+    ride.end()
+    folder = tmp_path / "overflowing"
+    folder.mkdir()
+    for file in list_checkpoints(ride.run)[-1].path.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    huge = {name: array * 1e30 for name, array in weights(list_checkpoints(ride.run)[-1]).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), {name: mx.array(array) for name, array in huge.items()})
+
+    diverged = start(**{"model.init_from": str(folder), "train.steps": 50})
+    ended = diverged.end()
+    assert (ended.state, ended.exit_code, ended.step) == (State.FAILED, ExitCode.DIVERGED, 3)
+    assert "diverged" in ended.reason and "3 steps in a row" in ended.reason
+    assert len([alarm for alarm in diverged.of(Alarm) if "was not applied" in alarm.text]) == 3
+    assert same(weights(list_checkpoints(diverged.run)[-1]), huge)
+    norms = diverged.run.curve("grad_norm")[1]
+    assert len(norms) == 3 and not np.any(np.isfinite(norms) & np.isfinite(losses(diverged.run)))
+
+
+def test_the_guard_counts_steps_in_a_row() -> None:
+    guard = DivergenceGuard(3)
+    verdicts = [guard.judge(loss, norm) for loss, norm in [(math.nan, 1), (1, math.inf), (1, 1), (math.nan, math.nan)]]
+    assert verdicts == [Verdict.SKIP, Verdict.SKIP, Verdict.APPLY, Verdict.SKIP]
+    assert [guard.judge(math.inf, 1), guard.judge(1, math.nan)] == [Verdict.SKIP, Verdict.STOP]
+
+
+@pytest.mark.parametrize("what", ["run", "checkpoint", "folder"])
+def test_a_run_begins_with_the_weights_of_another(start: Start, tmp_path: Path, what: str) -> None:
+    ride = start()
+    ride.end()
+    best = list_checkpoints(ride.run)[-1].path
+    source = {"run": ride.run.name, "checkpoint": str(best), "folder": str(tmp_path / "elsewhere")}[what]
+    if what == "folder":
+        best.rename(source)
+        (Path(source) / "state.json").unlink()
+        (Path(source) / "optimizer.safetensors").unlink()
+    tuned = start(**{"model.init_from": source, "train.steps": 1, "train.learning_rate": 1e-5})
+    assert tuned.end().exit_code == ExitCode.OK
+    assert losses(tuned.run)[0] < losses(ride.run)[0] - 0.2
+
+
+def test_weights_that_do_not_fit_are_refused(start: Start) -> None:
+    ride = start()
+    ride.end()
+    ended = start(**{"model.init_from": ride.run.name, "model.layers": 3}).end()
+    assert ended.exit_code == ExitCode.BAD_INPUT and "layers = 2" in ended.reason and "layers = 3" in ended.reason
+    ended = start(**{"model.init_from": "nowhere"}).end()
+    assert ended.exit_code == ExitCode.BAD_INPUT and "'nowhere'" in ended.reason
+
+
+def test_a_slow_reader_loses_old_steps_and_nothing_else() -> None:
+    mailbox = Mailbox()
+    step = {"total_steps": 1, "metrics": {}, "elapsed_seconds": 0.0, "remaining_seconds": None}
+    for number in range(20_000):
+        mailbox.put(StepCompleted(step=number, **step))  # type: ignore[arg-type]
+        if number % 1000 == 0:
+            mailbox.put(Alarm(level="warning", text=str(number)))
+    taken = mailbox.take()
+    steps = [event.step for event in taken if isinstance(event, StepCompleted)]
+    assert [event.text for event in taken if isinstance(event, Alarm)] == [str(n) for n in range(0, 20_000, 1000)]
+    assert steps == list(range(20_000 - len(steps), 20_000)) and 4096 <= len(steps) <= 8192
+    assert mailbox.take() == []
