@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.commands import Command, Stop
-from engine.environment import environment
 from engine.errors import ExitCode
-from engine.events import Event
+from engine.events import Event, RunEnded
 from engine.profile import Profile, find_profile, load_profile, validate_profile
 from engine.store import RunDirectory, RunLock, create_run, find_run
 from engine.worker import Engine
@@ -44,6 +43,10 @@ class Session:
     def __init__(self, runs_folder: Path) -> None:
         self.runs_folder = runs_folder
         self.client: LocalClient | None = None
+        self.ended: RunEnded | None = None
+        """How the last run ended, once it was waited for."""
+        self.on_launch: Callable[[RunDirectory], None] = lambda run: None
+        """Called with each run just before it starts, on whatever thread starts it."""
         self._engine: Engine | None = None
         self._lock: RunLock | None = None
         self._signal: int | None = None
@@ -86,6 +89,11 @@ class Session:
     def running(self) -> bool:
         return self._engine is not None and self._engine.ended is None
 
+    @property
+    def interrupted(self) -> bool:
+        """True once a signal has asked for the end."""
+        return self._signal is not None
+
     def finish(self) -> int:
         """Waits for the present run, if any; the process's exit code."""
         code = self._settle()
@@ -96,6 +104,7 @@ class Session:
         self._new = resume_from is None
         self._engine = Engine(run, profile, resume_from)
         self.client = LocalClient(self._engine)
+        self.on_launch(run)
         self._engine.start()
         return self.client
 
@@ -103,7 +112,7 @@ class Session:
         """Joins what ran before and gives its lock back."""
         if self._engine is None:
             return ExitCode.OK
-        ended = self._engine.join()
+        ended = self.ended = self._engine.join()
         assert ended is not None
         run = self._engine.run
         self._engine = None
@@ -116,4 +125,6 @@ class Session:
 
 
 def _identity(profile: Profile) -> dict[str, object]:
+    from engine.environment import environment  # loads MLX
+
     return {"profile": profile.model_dump(mode="json", by_alias=True), "environment": environment()}
