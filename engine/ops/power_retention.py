@@ -30,6 +30,9 @@ LARGEST_HEAD_DIM_OF_POWER_4 = 16
 _SMALLEST_LOG_GATE = -50.0
 """Stands for every stronger decay (exp(−50) = 2e-22): differences of −inf would be NaN."""
 
+_BLOCK = 32
+"""Tokens whose decays from one to another are computed one by one: fewer are fewer exponentials, but more products."""
+
 _TILE = {1: 1, 2: 8, 4: 2}
 """Entries that are multiplied out at once, by power: wider is fewer operations, but more features that are equal."""
 
@@ -104,8 +107,7 @@ def power_retention(
     _check_shapes(q, k, v, log_g)
     batch, heads, time, head_dim = q.shape
     kv_heads, value_dim = v.shape[1], v.shape[3]
-    stateful = initial_state is not None or return_state
-    if stateful:
+    if initial_state is not None or return_state:
         _check_state((batch, kv_heads), head_dim, value_dim, power, initial_state)
     scale = head_dim**-0.5 if scale is None else scale
 
@@ -198,38 +200,88 @@ def _chunk_function(
     def chunk(*arrays: mx.array) -> list[mx.array]:
         q, k, v = arrays[:3]
         dtype = _sum_dtype(q, k, v)
-        *outer, group, time, head_dim = q.shape
-        queries = (q.astype(dtype) * scale).reshape(*outer, group * time, head_dim)
-        keys, values = k.astype(dtype), _with_ones(v.astype(dtype))
-        decay = mx.cumsum(_gates(arrays[3], dtype), axis=-1) if gated else None
-
-        scores = _power((queries @ keys.swapaxes(-1, -2)).reshape(*outer, group, time, time), power)
-        causal = mx.tri(time, dtype=mx.bool_)
-        if decay is None:
-            scores = mx.where(causal, scores, 0)
+        queries, keys, values = q.astype(dtype) * scale, k.astype(dtype), _with_ones(v.astype(dtype))
+        if gated:
+            decay = mx.cumsum(_gates(arrays[3], dtype), axis=-1)
+            last = decay[..., -1:]
+            queries, keys, decay = _with_gradient_of(decay, queries, keys, power)
+            sums = _decayed_sums(queries, keys, values, decay, power)
         else:
-            # Masked before the exponential, which could overflow above the diagonal and make the gradient NaN.
-            between = _exp(mx.where(causal, decay[..., :, None] - decay[..., None, :], -mx.inf))
-            scores = scores * between[..., None, :, :]
-        sums = scores.reshape(*outer, group * time, time) @ values
-        sums = sums.reshape(*outer, group, time, values.shape[-1])
+            sums = _sums(queries, keys, values, power)
 
         if reads_state:
-            before = (_products(queries, power) @ arrays[-1]).reshape(sums.shape)
-            sums = sums + (before if decay is None else before * _exp(decay)[..., None, :, None])
+            before = (_products(queries, power).flatten(-3, -2) @ arrays[-1]).reshape(sums.shape)
+            sums = sums + (before * _exp(decay)[..., None, :, None] if gated else before)
         y = _normalised(sums, power).astype(v.dtype)
         if not writes_state:
             return [y]
 
-        if decay is not None:
-            values = values * _exp(decay[..., -1:] - decay)[..., None]
+        if gated:
+            values = values * _exp(last - decay)[..., None]
         added = _products(keys, power).swapaxes(-1, -2) @ values
-        state = added * _weights(head_dim, power, dtype)
+        state = added * _weights(q.shape[-1], power, dtype)
         if reads_state:
-            state = state + (arrays[-1] if decay is None else arrays[-1] * _exp(decay[..., -1:])[..., None])
+            state = state + (arrays[-1] * _exp(last)[..., None] if gated else arrays[-1])
         return [y, state]
 
     return chunk
+
+
+def _sums(queries: mx.array, keys: mx.array, values: mx.array, power: int) -> mx.array:
+    """Σ_{j≤i} (q_i·k_j)^p v_j, for queries [batch, kv_heads, group, time, head_dim]."""
+    group, time = queries.shape[-3:-1]
+    scores = _power(queries.flatten(-3, -2) @ keys.swapaxes(-1, -2), power)
+    scores = mx.where(mx.tri(time, dtype=mx.bool_), mx.unflatten(scores, -2, (group, time)), 0)
+    return mx.unflatten(scores.flatten(-3, -2) @ values, -2, (group, time))
+
+
+def _decayed_sums(queries: mx.array, keys: mx.array, values: mx.array, decay: mx.array, power: int) -> mx.array:
+    """Σ_{j≤i} (q_i·k_j)^p exp(G_i − G_j) v_j.
+
+    With B the last token before i's block, exp(G_i − G_j) = exp(G_i − G_B) exp(G_B − G_j) for every j before the block,
+    and neither factor can overflow. So time² exponentials, most of the cost on a CPU, are needed inside blocks only.
+    """
+    time, block = keys.shape[-2], min(_BLOCK, keys.shape[-2])
+    if short := -time % block:  # rows of zeros at the end change nothing
+        queries, keys, values = (_padded(array, short, axis=-2) for array in (queries, keys, values))
+        decay = _padded(decay, short, axis=-1)
+    blocks = (time + short) // block
+    within = mx.unflatten(decay, -1, (blocks, block))
+    own_queries, own_keys, own_values = (mx.unflatten(array, -2, (blocks, block)) for array in (queries, keys, values))
+
+    # Masked before the exponential, which could overflow above the diagonal.
+    causal = mx.tri(block, dtype=mx.bool_)
+    shares = _exp(mx.where(causal, within[..., :, None] - within[..., None, :], -mx.inf))
+    scores = _power(own_queries @ own_keys[..., None, :, :, :].swapaxes(-1, -2), power)
+    sums = (scores * shares[..., None, :, :, :]) @ own_values[..., None, :, :, :]
+    if blocks > 1:
+        start = mx.concatenate([mx.zeros_like(within[..., :1, -1]), within[..., :-1, -1]], axis=-1)[..., None]
+        earlier = mx.arange(time + short) < block * mx.arange(blocks)[:, None]
+        shares = _exp(mx.where(earlier, start - decay[..., None, :], -mx.inf))
+        scores = _power(queries.flatten(-3, -2) @ keys.swapaxes(-1, -2), power)
+        scores = mx.unflatten(scores, -2, own_queries.shape[-4:-1]) * shares[..., None, :, None, :]
+        before = (scores.flatten(-4, -2) @ values).reshape(sums.shape)
+        sums = sums + before * _exp(within - start)[..., None, :, :, None]
+    return sums.flatten(-3, -2)[..., :time, :]
+
+
+def _with_gradient_of(
+    decay: mx.array, queries: mx.array, keys: mx.array, power: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Moves the gradient of the decays G into queries and keys, where it costs time instead of time².
+
+    (q_i·k_j)^p exp(G_i − G_j) depends on G as it does on a factor exp(G_i / p) of q_i and exp(−G_j / p) of k_j. Here
+    the factors are 1, with the derivatives of those; the decays themselves are returned without a gradient.
+    """
+    fixed = mx.stop_gradient(decay)
+    change = ((decay - fixed) / power)[..., None]
+    return queries * (1 + change[..., None, :, :]), keys * (1 - change), fixed
+
+
+def _padded(array: mx.array, count: int, axis: int) -> mx.array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, count)
+    return mx.pad(array, widths)
 
 
 def _sum_dtype(*arrays: mx.array) -> mx.Dtype:
