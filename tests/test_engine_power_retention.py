@@ -48,11 +48,11 @@ class Case:
 
     def arrays(self, dtype: mx.Dtype = mx.float64) -> dict[str, mx.array | None]:
         """q, k, v, log_g and the state that nine tokens before these left behind."""
-        before = Case.draw(self, 9, seed=1, dtype=dtype)
+        before = self.draw(9, seed=1, dtype=dtype)
         state = None
         if self.carried:
             _, state = power_retention(**before, power=self.power, return_state=True)
-        return Case.draw(self, self.time, seed=2, dtype=dtype) | {"state": state}
+        return self.draw(self.time, seed=2, dtype=dtype) | {"state": state}
 
     def draw(self, time: int, seed: int, dtype: mx.Dtype) -> dict[str, mx.array | None]:
         random = np.random.default_rng(seed)
@@ -227,7 +227,6 @@ def test_gradients_agree_with_finite_differences(case: Case, options: dict[str, 
     step = 1e-5
     for index, name in enumerate(arrays):
         for _ in range(3):
-            # An offset that a state can have: its normaliser must stay positive.
             direction = mx.array(random.standard_normal(values[index].shape), dtype=mx.float64)
             ahead, behind = (
                 loss(*values[:index], values[index] + sign * step * direction, *values[index + 1 :]) for sign in (1, -1)
