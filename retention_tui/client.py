@@ -24,4 +24,4 @@ class Client(Protocol):
         """Hands a command to the engine; never waits."""
 
     def events(self) -> list[Event]:
-        """All events since the last call, oldest first; never waits. A slow reader loses old steps, never other events."""
+        """All events since the last call, oldest first; never waits. A slow reader may miss old steps, nothing else."""

@@ -1,0 +1,229 @@
+"""What the events of a run add up to: all that a screen shows of it, and nothing about how."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from engine.events import (
+    Alarm,
+    CheckpointSaved,
+    Event,
+    Notice,
+    RunEnded,
+    RunOpened,
+    State,
+    StateChanged,
+    StepCompleted,
+    Validated,
+)
+from engine.store import RunDirectory
+from retention_tui import wording
+from retention_tui.history import Series, Smoother
+
+CHARTED = (
+    "loss",
+    "grad_norm",
+    "steps_per_second",
+    "active_memory_bytes",
+    "peak_memory_bytes",
+    "cache_memory_bytes",
+    "process_memory_bytes",
+    "val_loss",
+)
+LOG_ENTRIES = 1000
+
+
+class Weight(Enum):
+    """How much an entry of the log asks of its reader."""
+
+    PLAIN = "plain"
+    GOOD = "good"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the log; `time` in seconds since the epoch."""
+
+    time: float
+    weight: Weight
+    text: str
+
+
+class Trend(Enum):
+    """Where the loss is going: its quick average against its slow one."""
+
+    FALLING = "▼"
+    RISING = "▲"
+    LEVEL = "▸"
+    UNKNOWN = " "
+
+
+class Progress:
+    """The state of one run, folded from its events by `apply`."""
+
+    def __init__(self) -> None:
+        self.opened: RunOpened | None = None
+        self.ended: RunEnded | None = None
+        self.state = State.LOADING
+        self.reason = ""
+        self.step = 0
+        self.total_steps = 0
+        self.elapsed_seconds: float | None = None
+        self.remaining_seconds: float | None = None
+        self.metrics: dict[str, float] = {}
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+        self.series = empty_history()
+        self.entries: deque[Entry] = deque(maxlen=LOG_ENTRIES)
+        self.entries_seen = 0
+        """Entries ever made, also those that the log has let go."""
+        self.unread: list[Entry] = []
+        """Alarms that nobody has read yet, oldest first."""
+        self._waiting: list[tuple[int, Mapping[str, float]]] | None = []
+        self._quick, self._slow = Smoother(0.9), Smoother(0.98)
+
+    @property
+    def trend(self) -> Trend:
+        """The direction of the loss over the last steps; level within 0.2 %."""
+        quick, slow = self._quick.value, self._slow.value
+        if not quick > 0 or not slow > 0 or len(self.series["loss"]) < 3:
+            return Trend.UNKNOWN
+        if quick < slow * 0.998:
+            return Trend.FALLING
+        return Trend.RISING if quick > slow * 1.002 else Trend.LEVEL
+
+    @property
+    def fraction(self) -> float:
+        """Done, from 0 to 1."""
+        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The steps that all charts show: from the first one known to a round number past the newest."""
+        series = self.series["loss"]
+        if not len(series):
+            return 0.0, float(max(self.total_steps, 1))
+        start = max(0.0, series.first_step - 1)
+        return start, start + _round_up(max(series.last_step - start, 10.0), self.total_steps - start)
+
+    def read_alarms(self) -> None:
+        """All alarms count as read."""
+        self.unread.clear()
+
+    def adopt_history(self, history: dict[str, Series]) -> None:
+        """Takes what the store knows of the steps before this attempt; those that came meanwhile go on top."""
+        self.series = history
+        waiting, self._waiting = self._waiting or [], None
+        for step, metrics in waiting:
+            self._chart(step, metrics)
+        if self.best_step is None and (best := history["val_loss"].least()) is not None:
+            self.best_step, self.best_val_loss = int(best[0]), best[1]
+
+    def expect_stop(self) -> None:
+        """The run was asked to stop and will say so when it comes to it."""
+        if not self.state.final:
+            self.state = State.STOPPING
+
+    def note(self, text: str) -> None:
+        """Adds a line of the screen's own to the log."""
+        self._note(time.time(), Weight.PLAIN, text)
+
+    def apply(self, event: Event) -> None:
+        """Takes the next event. Events about answers are the chat's and change nothing here."""
+        match event:
+            case RunOpened():
+                self.opened = event
+                self.step, self.total_steps = event.step, event.total_steps
+                where = f"goes on at step {event.step:,}" if event.step else f"starts on {event.device}, {event.dtype}"
+                self._note(event.time, Weight.PLAIN, f"{event.run} {where}")
+            case StateChanged():
+                self.state, self.reason = event.state, event.reason
+                self._note(event.time, Weight.PLAIN, f"{event.state}: {event.reason}" if event.reason else event.state)
+            case StepCompleted():
+                self._step(event)
+            case Validated():
+                self._validated(event)
+            case CheckpointSaved():
+                said = f"checkpoint of step {event.step:,} saved: {wording.size(event.size_bytes)}"
+                self._note(event.time, Weight.GOOD, f"{said} in {event.seconds:.1f} s")
+            case Alarm():
+                weight = Weight.CRITICAL if event.level == "critical" else Weight.WARNING
+                self.unread.append(self._note(event.time, weight, event.text))
+            case Notice():
+                self._note(event.time, Weight.PLAIN, event.text)
+            case RunEnded():
+                self.ended, self.state, self.reason = event, event.state, event.reason
+                self.remaining_seconds = None
+                weight = Weight.CRITICAL if event.state is State.FAILED else Weight.GOOD
+                reason = f": {event.reason}" if event.reason else ""
+                entry = self._note(event.time, weight, f"{event.state} at step {event.step:,}{reason}")
+                if event.state is State.FAILED:
+                    self.unread.append(entry)
+
+    def _step(self, event: StepCompleted) -> None:
+        self.step, self.total_steps = event.step, event.total_steps
+        self.elapsed_seconds, self.remaining_seconds = event.elapsed_seconds, event.remaining_seconds
+        self.metrics.update(event.metrics)
+        if (loss := event.metrics.get("loss")) is not None:
+            self._quick.add(loss)
+            self._slow.add(loss)
+        self._chart(event.step, event.metrics)
+
+    def _validated(self, event: Validated) -> None:
+        self.metrics.update(event.metrics)
+        val_loss = event.metrics.get("val_loss")
+        if event.best and val_loss is not None:
+            self.best_val_loss, self.best_step = val_loss, event.step
+        self._chart(event.step, event.metrics)
+        said = f"held-out loss {wording.number(val_loss)} at step {event.step:,}"
+        bits = event.metrics.get("val_bits_per_byte")
+        said += f", {wording.number(bits)} bits per byte" if bits is not None else ""
+        self._note(event.time, Weight.PLAIN, said + (", the best so far" if event.best else ""))
+
+    def _chart(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._waiting is not None:
+            self._waiting.append((step, metrics))
+            return
+        for name, value in metrics.items():
+            if name in self.series:
+                self.series[name].add(step, value)
+
+    def _note(self, moment: float, weight: Weight, text: str) -> Entry:
+        entry = Entry(moment, weight, " ".join(text.split()))
+        self.entries.append(entry)
+        self.entries_seen += 1
+        return entry
+
+
+def empty_history() -> dict[str, Series]:
+    """A series for each metric that is charted."""
+    return {name: Series() for name in CHARTED}
+
+
+def load_history(run: RunDirectory, until_step: float = math.inf) -> dict[str, Series]:
+    """What the store knows of a run up to a step. Reads the disk: never on the UI thread."""
+    history = {}
+    for name in CHARTED:
+        steps, values = run.curve(name)
+        known = steps <= until_step
+        history[name] = Series.of(steps[known], values[known])
+    return history
+
+
+def _round_up(value: float, limit: float) -> float:
+    """The next of 1, 1¼, 1½, 2, 2½, 3, 4, 5, 6, 8 times a power of ten, so that the axis moves seldom."""
+    magnitude = 10.0
+    while magnitude * 10 <= value:
+        magnitude *= 10
+    for factor in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10):
+        if factor * magnitude >= value:
+            rounded = factor * magnitude
+            return max(value, min(rounded, limit)) if limit > 0 else rounded
+    return value

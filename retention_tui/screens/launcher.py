@@ -1,0 +1,233 @@
+"""Where the app begins without a run: the profiles that can be started, and the runs that there are."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from collections.abc import Callable
+from itertools import groupby
+from typing import ClassVar, cast
+
+import psutil
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal
+from textual.content import Content
+from textual.screen import Screen
+from textual.widgets import OptionList, Static
+from textual.widgets.option_list import Option
+from textual.worker import get_current_worker
+
+from engine.errors import UserError
+from engine.events import State
+from engine.profile import Profile, ProfileFile, list_profiles, load_profile
+from engine.store import RunDirectory, RunSummary, list_runs
+from retention_tui import wording
+from retention_tui.history import Series
+from retention_tui.screens.help import Help
+from retention_tui.screens.run import RunScreen
+from retention_tui.session import LocalClient, Session
+from retention_tui.widgets.details import CURVES, Details, state_colour
+from retention_tui.widgets.header import FAINT
+from retention_tui.widgets.keybar import KeyBar
+
+KINDS = {"retention-lm": "language models"}
+"""What the kinds of runs are called in the list; an unknown one is called what it is."""
+
+
+class Launcher(Screen[None]):
+    """Lists profiles and runs; Enter starts or resumes. What a user can mend is said in one line."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "choose", "Start ", key_display="Enter", id="choose", tooltip="Start a profile, resume a run"),
+        Binding("r", "refresh", "Refresh", id="refresh", tooltip="Read profiles and runs again"),
+        Binding("slash", "app.command_palette", "Commands", key_display="/", id="commands", tooltip="All commands"),
+        Binding("question_mark", "help", "Help", key_display="?", id="help", tooltip="What the keys do"),
+        Binding("q", "quit", "Quit", id="quit", tooltip="Leave the app"),
+    ]
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+        self._profiles: dict[str, ProfileFile] = {}
+        self._runs: dict[str, RunSummary] = {}
+        self._starting = self._quitting = False
+
+    def compose(self) -> ComposeResult:
+        with Horizontal(id="head"):
+            yield Static("retention-tui", id="name")
+            yield Static(_machine(), id="machine")
+        with Horizontal(id="body"):
+            yield OptionList(id="choices", markup=False)
+            yield Details()
+        yield Static(id="said")
+        yield KeyBar(cast(list[Binding], self.BINDINGS))
+
+    def on_mount(self) -> None:
+        self.query_one("#choices").border_title = Content.styled(" profiles and runs ", "bold")
+        self.action_refresh()
+
+    # What there is, read in threads
+
+    @work(thread=True, exclusive=True, group="lists", exit_on_error=False)
+    def action_refresh(self) -> None:
+        profiles, runs = list_profiles(), list_runs(self._session.runs_folder)
+        if not get_current_worker().is_cancelled:
+            self.app.call_from_thread(self._show_lists, profiles, runs)
+
+    def _show_lists(self, profiles: list[ProfileFile], runs: list[RunSummary]) -> None:
+        self._profiles = {f"profile:{profile.name}": profile for profile in profiles}
+        self._runs = {f"run:{run.name}": run for run in runs}
+        choices = self.query_one("#choices", OptionList)
+        highlighted = choices.highlighted_option.id if choices.highlighted_option else "profile:demo"
+        options = [*_profile_options(profiles), *_run_options(runs)]
+        choices.clear_options().add_options(options)
+        ids = [option.id for option in options]
+        choices.highlighted = ids.index(highlighted) if highlighted in ids else next(
+            (index for index, option in enumerate(options) if not option.disabled), None
+        )  # fmt: skip
+
+    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        event.stop()
+        self._say("")
+        details, name = self.query_one(Details), event.option_id or ""
+        if profile := self._profiles.get(name):
+            details.show_profile(profile.name, profile.description, None)
+            self._name_choice("Start ")
+            self._read_profile(profile)
+        elif run := self._runs.get(name):
+            details.show_run(run, "", None)
+            self._name_choice("Resume")
+            self._read_run(run)
+
+    @work(thread=True, exclusive=True, group="details", exit_on_error=False)
+    def _read_profile(self, file: ProfileFile) -> None:
+        profile: Profile | None = None
+        problem = ""
+        try:
+            profile = load_profile(str(file.path))
+        except UserError as error:
+            problem = str(error)
+        if not get_current_worker().is_cancelled:
+            self.app.call_from_thread(self._show_profile, file, profile, problem)
+
+    def _show_profile(self, file: ProfileFile, profile: Profile | None, problem: str) -> None:
+        self.query_one(Details).show_profile(file.name, "" if problem else file.description, profile)
+        if problem:
+            self._say(problem, "$error")
+
+    @work(thread=True, exclusive=True, group="details", exit_on_error=False)
+    def _read_run(self, run: RunSummary) -> None:
+        directory = RunDirectory(run.path)
+        try:
+            attempts = directory.attempts()
+            series = {name: Series.of(*directory.curve(name)) for name in CURVES}
+        except UserError as error:
+            self.app.call_from_thread(self._say, str(error), "$error")
+            return
+        reason = attempts[-1].reason if attempts and State(attempts[-1].state).final else ""
+        if not get_current_worker().is_cancelled:
+            self.app.call_from_thread(self.query_one(Details).show_run, run, reason, series)
+
+    # What can be done
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        event.stop()
+        self.action_choose()
+
+    def action_choose(self) -> None:
+        """Starts the highlighted profile, or goes on with the highlighted run."""
+        highlighted = self.query_one("#choices", OptionList).highlighted_option
+        name = highlighted.id if highlighted and highlighted.id else ""
+        if profile := self._profiles.get(name):
+            self._start(f"starting {profile.name}…", lambda: self._session.start(str(profile.path)))
+        elif run := self._runs.get(name):
+            if run.state == State.FINISHED:
+                self._say(f"{run.name} is finished; to hear it: retention-tui generate {run.name} -p TEXT")
+            elif run.live and not State(run.state).final:
+                self._say(f"{run.name} is being trained by another process", "$warning")
+            else:
+                self._start(f"resuming {run.name}…", lambda: self._session.resume(str(run.path)))
+
+    @work(exclusive=True, group="start", exit_on_error=False)
+    async def _start(self, said: str, start: Callable[[], LocalClient]) -> None:
+        if self._starting:
+            return
+        self._starting = True
+        self._say(said)
+        try:
+            client = await asyncio.to_thread(start)
+        except UserError as error:
+            self._say(str(error), "$error")
+        else:
+            if self._quitting:
+                self._session.stop("stopped on request")
+            else:
+                self._say("")
+                self.app.push_screen(RunScreen(client, home=True), self._back)
+        finally:
+            self._starting = False
+        if self._quitting:
+            self.app.exit()
+
+    def _back(self, _: None) -> None:
+        """The run that was shown has ended: its lock goes back, and the lists are read again."""
+        self._settle()
+
+    @work(exclusive=True, group="start", exit_on_error=False)
+    async def _settle(self) -> None:
+        await asyncio.to_thread(self._session.finish)
+        self.action_refresh()
+
+    def action_help(self) -> None:
+        self.app.push_screen(Help(self.active_bindings.values()))
+
+    def action_quit(self) -> None:
+        """Leaves the app; a run that is just being started is stopped first."""
+        if self._starting:
+            self._quitting = True
+            self._say("quitting…")
+        else:
+            self.app.exit()
+
+    def _say(self, text: str, colour: str = FAINT) -> None:
+        self.query_one("#said", Static).update(Content.styled(" ".join(text.split()), colour))
+
+    def _name_choice(self, name: str) -> None:
+        self.query_one(KeyBar).show_state(renamed={"choose": name}, disabled=set())
+
+
+def _profile_options(profiles: list[ProfileFile]) -> list[Option]:
+    """The profiles under the names of their kinds, the user's own under a heading of their own."""
+
+    def group(profile: ProfileFile) -> str:
+        return "your own" if profile.own else KINDS.get(profile.kind, profile.kind)
+
+    options: list[Option] = []
+    for name, members in groupby(sorted(profiles, key=lambda profile: profile.own), key=group):
+        options.append(_heading(name, first=not options))
+        options += [Option(Content(f"  {profile.name}"), id=f"profile:{profile.name}") for profile in members]
+    return options
+
+
+def _run_options(runs: list[RunSummary]) -> list[Option]:
+    options = [_heading("runs")]
+    width = max((len(run.name) for run in runs), default=0)
+    for run in runs:
+        done = f"{int(100 * run.step / run.total_steps):>3} %" if run.total_steps else "    –"
+        line = Content.assemble(("● ", state_colour(run.state)), f"{run.name:<{width}}", (f"  {done}", FAINT))
+        loss = Content.styled(f"  {wording.number(run.loss)}", FAINT)
+        options.append(Option(line + loss, id=f"run:{run.name}"))
+    return options if runs else [*options, Option(Content.styled("  none yet", FAINT), disabled=True)]
+
+
+def _heading(name: str, first: bool = False) -> Option:
+    return Option(Content.styled(name if first else f"\n{name}", "$foreground 55%"), disabled=True)
+
+
+def _machine() -> Content:
+    system = {"Darwin": "macOS"}.get(platform.system(), platform.system())
+    memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
+    return Content.styled(f"{system} · {os.cpu_count()} cores · {memory}", FAINT)

@@ -1,0 +1,219 @@
+"""The screen of one run: its head, its charts, a chat with it, its log, and the keys that steer it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, cast
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+from textual.widgets import Input, TabbedContent, TabPane
+
+from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
+from engine.events import Event, RunEnded, RunOpened, State
+from retention_tui.client import Client
+from retention_tui.history import Series
+from retention_tui.progress import Progress, empty_history, load_history
+from retention_tui.screens.help import Help
+from retention_tui.screens.quit import QuitQuestion, StopQuestion
+from retention_tui.widgets.chat import Chat
+from retention_tui.widgets.happening import Happening
+from retention_tui.widgets.header import RunHeader
+from retention_tui.widgets.keybar import KeyBar
+from retention_tui.widgets.log import EventLog
+from retention_tui.widgets.monitor import Monitor
+
+POLL_SECONDS = 1 / 8
+CHARTS_SECONDS = 1.0  # a round of charts costs some 20 ms, which training would feel if it came more often
+STEERING = {"pause", "checkpoint", "validate", "stop"}
+"""Ids of the keys that mean nothing once the run has ended."""
+
+
+class RunScreen(Screen[None]):
+    """Folds the run's events into a `Progress` and shows it. With `home` there is a launcher to go back to."""
+
+    AUTO_FOCUS = None
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "pause", "Pause ", key_display="Space", id="pause", tooltip="Pause or go on"),
+        Binding("c", "checkpoint", "Checkpoint", id="checkpoint", tooltip="Save the last completed step now"),
+        Binding("v", "validate", "Validate", id="validate", tooltip="Measure the held-out loss now"),
+        Binding("s", "stop", "Stop", id="stop", tooltip="End the run with a checkpoint"),
+        Binding("n", "next_chart", "Chart", id="next", tooltip="Make the next chart the large one"),
+        Binding("z", "zoom", "Zoom", id="zoom", tooltip="Show the large chart alone, or all of them"),
+        Binding("a", "read_alarms", "Read alarms", show=False, id="alarms", tooltip="All alarms count as read"),
+        Binding("1", "tab('monitor')", "Monitor", show=False, tooltip="Show the charts"),
+        Binding("2", "tab('chat')", "Chat", show=False, tooltip="Talk with the model"),
+        Binding("3", "tab('log')", "Log", show=False, tooltip="Show what happened"),
+        Binding("slash", "app.command_palette", "Commands", key_display="/", id="commands", tooltip="All commands"),
+        Binding("question_mark", "help", "Help", key_display="?", id="help", tooltip="Keys and charts"),
+        Binding("q", "quit", "Quit", id="quit", tooltip="Stop and quit, or leave the screen"),
+    ]
+
+    def __init__(self, client: Client, *, home: bool = False) -> None:
+        super().__init__()
+        self._client, self._home = client, home
+        self._progress = Progress()
+        self._quitting = False
+
+    def compose(self) -> ComposeResult:
+        yield RunHeader(self._progress, self._client.run.name)
+        with TabbedContent(initial="monitor"):
+            with TabPane("[bold $primary]1[/] Monitor", id="monitor"):
+                yield Monitor(self._progress)
+            with TabPane("[bold $primary]2[/] Chat", id="chat"):
+                yield Chat(self._client.send)
+            with TabPane("[bold $primary]3[/] Log", id="log"):
+                yield EventLog(self._progress)
+        yield Happening(self._progress)
+        yield KeyBar(cast(list[Binding], self.BINDINGS))
+
+    def on_mount(self) -> None:
+        self.set_interval(POLL_SECONDS, self._poll)
+        self.set_interval(CHARTS_SECONDS, self._draw_charts)
+        self._draw_charts()
+
+    # From the engine
+
+    def _poll(self) -> None:
+        events = self._client.events()
+        for event in events:
+            self._progress.apply(event)
+            self._take(event)
+        if not events:
+            return
+        self.query_one(Chat).show_answers()
+        self.query_one(EventLog).show_progress()
+        self.query_one(RunHeader).refresh()
+        self.query_one(Happening).refresh()
+        self._show_keys()
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case RunOpened(step=0):
+                self._progress.adopt_history(empty_history())
+            case RunOpened():
+                self.run_worker(lambda: self._load_history(event.step), thread=True, exit_on_error=False)
+            case RunEnded():
+                self.query_one(Chat).close()
+                self._draw_charts()
+                if self._quitting:
+                    self.app.exit()
+            case _:
+                self.query_one(Chat).take(event)
+
+    def _load_history(self, until_step: int) -> None:
+        """In a thread: reads what earlier attempts have stored."""
+        try:
+            history: dict[str, Series] = load_history(self._client.run, until_step)
+        except Exception as error:  # a damaged file costs the past of the curves, not the screen
+            self.app.call_from_thread(self._progress.note, f"earlier steps cannot be shown: {error}")
+            history = empty_history()
+        self.app.call_from_thread(self._progress.adopt_history, history)
+
+    def _draw_charts(self) -> None:
+        if self._shown_tab == "monitor":
+            self.query_one(Monitor).show_progress()
+
+    def _show_keys(self) -> None:
+        paused = self._progress.state is State.PAUSED
+        disabled = STEERING if self._progress.state.final else {"pause", "stop"} if self._stopping else set[str]()
+        renamed = {"pause": "Resume"} if paused else {}
+        typing = isinstance(self.focused, Input)
+        self.query_one(KeyBar).show_state(renamed=renamed, disabled=disabled, keys_work=not typing)
+
+    # Keys
+
+    @property
+    def _shown_tab(self) -> str:
+        return self.query_one(TabbedContent).active
+
+    @property
+    def _stopping(self) -> bool:
+        return self._progress.state is State.STOPPING
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return not (action in STEERING and self._progress.state.final)
+
+    def action_pause(self) -> None:
+        if self._progress.state is State.PAUSED:
+            self._ask(Resume(), "going on")
+        else:
+            self._ask(Pause(), "pausing after this micro-batch")
+
+    def action_checkpoint(self) -> None:
+        self._ask(Checkpoint(), "a checkpoint was asked for")
+
+    def action_validate(self) -> None:
+        self._ask(Validate(), "a validation was asked for")
+
+    def action_stop(self) -> None:
+        def answered(choice: str | None) -> None:
+            if choice == "stop":
+                self._stop()
+
+        self.app.push_screen(StopQuestion(self._client.run.name), answered)
+
+    def action_quit(self) -> None:
+        """Leaves an ended run at once; asks what becomes of one that goes on."""
+
+        def answered(choice: str | None) -> None:
+            if choice == "detach":
+                self.app.exit("detach")
+            elif choice == "stop":
+                self._quitting = True
+                self._stop()
+
+        if not self._progress.state.final:
+            self.app.push_screen(QuitQuestion(self._client.run.name, stopping=self._stopping), answered)
+        elif self._home:
+            self.dismiss()
+        else:
+            self.app.exit()
+
+    def action_next_chart(self) -> None:
+        self.query_one(Monitor).next_chart()
+
+    def action_zoom(self) -> None:
+        self.query_one(Monitor).toggle_class("alone")
+
+    def action_tab(self, tab: str) -> None:
+        self.query_one(TabbedContent).active = tab
+        if tab == "chat":
+            self.query_one(Chat).focus_input()
+
+    def action_read_alarms(self) -> None:
+        """Counts all alarms as read; where there are several, the log shows them."""
+        if len(self._progress.unread) > 1:
+            self.action_tab("log")
+        self._progress.read_alarms()
+        self.query_one(Happening).refresh()
+
+    def action_help(self) -> None:
+        self.app.push_screen(Help(self.active_bindings.values()))
+
+    def on_descendant_focus(self) -> None:
+        self._show_keys()
+
+    def on_descendant_blur(self) -> None:
+        self._show_keys()
+
+    def on_tabbed_content_tab_activated(self, event: TabbedContent.TabActivated) -> None:
+        event.stop()
+        if event.pane.id == "chat":
+            self.query_one(Chat).focus_input()
+        else:
+            self.set_focus(None)
+        self._draw_charts()
+
+    def _ask(self, command: Command, said: str) -> None:
+        """Sends a command; the engine answers with an event once it has come to it."""
+        self._client.send(command)
+        self._progress.note(said)
+        self.query_one(Happening).refresh()
+
+    def _stop(self) -> None:
+        """Asks the run to end. Its own word for it may take until the end of the micro-batch."""
+        self._ask(Stop(), "stopping: a checkpoint is written after this micro-batch")
+        self._progress.expect_stop()
+        self.query_one(RunHeader).refresh()
+        self._show_keys()

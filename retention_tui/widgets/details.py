@@ -1,0 +1,110 @@
+"""What the launcher tells of the profile or the run that is highlighted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widgets import Static
+
+from engine.events import State
+from engine.profile import Profile
+from engine.store import RunSummary
+from retention_tui import wording
+from retention_tui.history import Series
+from retention_tui.widgets.chart import Chart
+from retention_tui.widgets.header import FAINT, STATE_COLOURS
+from retention_tui.widgets.monitor import LOSS
+
+INTERRUPTED = "interrupted"
+CURVES = ("loss", "val_loss")
+"""The metrics of a run's chart here."""
+
+Fact = tuple[str, str]
+"""A name and what is said of it."""
+
+
+class Details(Vertical):
+    """A heading, a few facts, and for a run the course of its loss."""
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="facts")
+        yield Chart(LOSS)
+
+    def on_mount(self) -> None:
+        self.query_one(Chart).display = False
+
+    def show_nothing(self) -> None:
+        self._show("", Content(), None, None)
+
+    def show_profile(self, name: str, description: str, profile: Profile | None) -> None:
+        """Shows a profile; without `profile`, which may be on its way or wrong, only its description."""
+        lines = [Content(description), Content()]
+        if profile:
+            lines += _table(_profile_facts(profile))
+        self._show(name, Content("\n").join(lines), None, None)
+
+    def show_run(self, run: RunSummary, reason: str, series: Mapping[str, Series] | None) -> None:
+        """Shows a run; `reason` says in words why it is in its state, and may be empty."""
+        best = series["val_loss"].least() if series else None
+        facts = [
+            ("step", f"{run.step:,} of {run.total_steps:,}" if run.total_steps else f"{run.step:,}"),
+            ("loss", wording.number(run.loss)),
+            ("held-out", wording.number(run.val_loss)),
+            ("best held-out", f"{wording.number(best[1])} at {int(best[0]):,}" if best else wording.MISSING),
+            ("profile", f"{run.profile}, {run.kind}"),
+            ("last written", wording.ago(run.updated)),
+        ]
+        state = Content.styled(f"● {run.state}", state_colour(run.state))
+        heading = Content.assemble(state, (f"  {reason}", FAINT)) if reason else state
+        last = max((s.last_step for s in series.values() if len(s)), default=0.0) if series else 0.0
+        lines = [heading, Content(), *_table(facts), Content()]
+        self._show(run.name, Content("\n").join(lines), series, (0.0, max(last, 1.0)))
+
+    def _show(
+        self, title: str, facts: Content, series: Mapping[str, Series] | None, span: tuple[float, float] | None
+    ) -> None:
+        self.border_title = Content.assemble((f" {title} ", "bold")) if title else None
+        self.query_one("#facts", Static).update(facts)
+        chart = self.query_one(Chart)
+        chart.display = series is not None
+        if series is not None and span is not None:
+            chart.show(series, span)
+            chart.set_title(Content.styled("━ train  ◆ held-out ", FAINT))
+
+
+def state_colour(state: str) -> str:
+    """The colour of a stored run's state."""
+    return "$warning" if state == INTERRUPTED else STATE_COLOURS[State(state)]
+
+
+def _profile_facts(profile: Profile) -> list[Fact]:
+    train, model, data = profile.train, profile.model, profile.data
+    length = (
+        ("steps", f"{train.steps:,}") if train.steps else
+        ("epochs", f"{train.epochs:g}") if train.epochs else ("steps", "as many as its tokens need")
+    )  # fmt: skip
+    step_tokens = train.batch_size * train.sequence_length
+    tokens = train.tokens or (train.steps or 0) * step_tokens
+    micro = f", {train.micro_batch_size:,} at once" if train.micro_batch_size else ""
+    source = data.builtin or ", ".join(name.rpartition("/")[2] for name in data.files)
+    return [
+        length,
+        ("tokens", wording.thousands(tokens) if tokens else wording.MISSING),
+        ("effective batch", f"{train.batch_size:,} sequences{micro}"),
+        ("sequence length", f"{train.sequence_length:,} tokens"),
+        ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
+        ("warm-up", f"{train.warmup_steps:,} steps"),
+        ("width", f"{model.width:,}"),
+        ("layers", f"{model.layers}"),
+        ("heads", f"{model.heads} of {model.width // model.heads}"),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("text", source),
+        ("checkpoint", f"every {profile.checkpoint.every:,} steps" if profile.checkpoint.every else "by time"),
+    ]
+
+
+def _table(facts: Iterable[Fact]) -> list[Content]:
+    return [Content.assemble((f"{name:<17}", FAINT), said) for name, said in facts]

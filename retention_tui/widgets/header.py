@@ -1,0 +1,187 @@
+"""The head of a run's screen: is it alive, is it learning, will it fit, when is it done. It stays on every tab."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from textual.content import Content
+from textual.widget import Widget
+
+from engine.events import State
+from retention_tui import wording
+from retention_tui.progress import Progress, Trend
+
+STATE_COLOURS = {
+    State.LOADING: "$foreground 60%",
+    State.TRAINING: "$success",
+    State.VALIDATING: "$success",
+    State.PAUSED: "$warning",
+    State.STOPPING: "$warning",
+    State.FINISHED: "$success",
+    State.STOPPED: "$foreground 60%",
+    State.FAILED: "$error",
+}
+FAINT = "$foreground 55%"
+_TREND_COLOURS = {Trend.FALLING: "$success", Trend.RISING: "$warning", Trend.LEVEL: FAINT, Trend.UNKNOWN: FAINT}
+_DOT_WIDTH = len("● validating")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number with its name. `width` is kept free for it, so that its neighbours stay where they are."""
+
+    name: str
+    value: Content
+    width: int
+
+
+class RunHeader(Widget):
+    """Draws a `Progress` in as many lines as it is given: one to four, more columns where there is room."""
+
+    ALLOW_SELECT = False
+
+    def __init__(self, progress: Progress, run: str, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._progress = progress
+        self._run = run
+
+    def render(self) -> Content:
+        width, height = self.content_size
+        if width < 1 or height < 1:
+            return Content()
+        if width < 64:
+            lines = self._small(width)
+        elif height >= 4:
+            lines = [self._title(width), self._bar(width), *self._table(width)]
+        else:
+            lines = [self._title(width), self._bar(width), self._row(width)]
+        return Content("\n").join(line.truncate(width, ellipsis=True) for line in lines[:height])
+
+    # One line each
+
+    def _small(self, width: int) -> list[Content]:
+        progress = self._progress
+        step = f"step {progress.step:,}" + (f" of {progress.total_steps:,}" if progress.total_steps else "")
+        state = Content.assemble(self._state(), ("  " + self._run, FAINT))
+        return [state, Content(step), self._bar(width), self._loss(), self._ends()]
+
+    def _title(self, width: int) -> Content:
+        progress, opened = self._progress, self._progress.opened
+        total = f"{progress.total_steps:,}"
+        step = f"step {progress.step:>{len(total)},} of {total}" if progress.total_steps else ""
+        right = Content("   ").join(part for part in (Content(step), self._times(width)) if part)
+        state = self._state()
+        left = Content.assemble(state, " " * max(1, _DOT_WIDTH + 2 - state.cell_length), (self._run, "bold"))
+        if progress.state.final:
+            left += Content.styled(f" · {progress.reason}", FAINT)
+            opened = None
+        about = [opened.task, f"{wording.thousands(opened.parameters)} parameters", opened.device] if opened else []
+        for part in about:
+            more = left + Content.styled(f" · {part}", FAINT)
+            if more.cell_length + right.cell_length + 3 > width:
+                break
+            left = more
+        left = left.truncate(max(1, width - right.cell_length - 2), ellipsis=True)
+        return left + " " * (width - left.cell_length - right.cell_length) + right
+
+    def _state(self) -> Content:
+        progress = self._progress
+        return Content.styled(f"● {progress.state}", STATE_COLOURS[progress.state])
+
+    def _times(self, width: int) -> Content:
+        progress = self._progress
+        parts = []
+        if progress.elapsed_seconds is not None and width >= 96:
+            parts.append(Content.styled(f"{wording.duration(progress.elapsed_seconds)} elapsed", FAINT))
+        if progress.remaining_seconds is not None:
+            if width >= 96:
+                parts.append(Content.styled(f"{wording.duration(progress.remaining_seconds)} left", FAINT))
+            parts.append(self._ends())
+        return Content.styled(" · ", FAINT).join(parts)
+
+    def _ends(self) -> Content:
+        if self._progress.state.final:
+            return Content.styled(self._progress.reason, FAINT)
+        remaining = self._progress.remaining_seconds
+        if remaining is None:
+            return Content()
+        if self._progress.state is State.PAUSED:
+            return Content.styled("paused", "$warning")
+        return Content(f"ends {wording.clock(time.time() + remaining)}")
+
+    def _bar(self, width: int) -> Content:
+        percent = f" {int(self._progress.fraction * 100):>3} %"
+        room = max(1, width - len(percent))
+        halves = round(self._progress.fraction * room * 2)
+        done = "━" * (halves // 2) + ("╸" if halves % 2 else "")
+        colour = STATE_COLOURS[self._progress.state] if self._progress.step else FAINT
+        return Content.assemble((done, colour), ("─" * (room - len(done)), "$foreground 20%"), percent)
+
+    # The numbers
+
+    def _loss(self) -> Content:
+        trend = self._progress.trend
+        loss = wording.number(self._progress.metrics.get("loss"))
+        return Content.assemble(("loss ", FAINT), (f"{loss:<6}", "bold"), (trend.value, _TREND_COLOURS[trend]))
+
+    def _figures(self) -> list[Figure]:
+        """All numbers, the most telling first."""
+        progress = self._progress
+        metrics, trend = progress.metrics, progress.trend
+
+        def figure(name: str, text: str, width: int, style: str = "bold") -> Figure:
+            return Figure(name, Content.styled(text, style), width)
+
+        loss = Content.assemble(
+            (f"{wording.number(metrics.get('loss'))} ", "bold"), (trend.value, _TREND_COLOURS[trend])
+        )
+        best = Content.styled(wording.number(progress.best_val_loss), "bold")
+        if progress.best_step is not None:
+            best += Content.styled(f" at {progress.best_step:,}", FAINT)
+        return [
+            Figure("loss", loss, 8),
+            figure("held-out", wording.number(metrics.get("val_loss")), 8),
+            Figure("best", best, 15),
+            figure("grad norm", wording.number(metrics.get("grad_norm"), 2), 9),
+            figure("learning rate", wording.scientific(metrics.get("learning_rate")), 13),
+            figure("it/s", wording.number(metrics.get("steps_per_second"), 2), 5),
+            figure("tokens/s", wording.thousands(metrics.get("tokens_per_second")), 8),
+            figure("active", wording.size(metrics.get("active_memory_bytes")), 8),
+            figure("peak", wording.size(metrics.get("peak_memory_bytes")), 8),
+            figure("cache", wording.size(metrics.get("cache_memory_bytes")), 8),
+            figure("process", wording.size(metrics.get("process_memory_bytes")), 8),
+        ]
+
+    def _table(self, width: int) -> list[Content]:
+        """Names above values, in columns that share the width."""
+        figures = self._figures()
+        while sum(figure.width for figure in figures) + 2 * (len(figures) - 1) > width:
+            del figures[2 if len(figures) > 9 else -1]
+        spare = width - sum(figure.width for figure in figures)
+        gap = min(9, spare // max(1, len(figures) - 1))
+        names = [Content.styled(f"{figure.name:<{figure.width}}", FAINT) for figure in figures]
+        values = [figure.value.pad_right(max(0, figure.width - figure.value.cell_length)) for figure in figures]
+        return [Content(" " * gap).join(names), Content(" " * gap).join(values)]
+
+    def _row(self, width: int) -> Content:
+        """Names beside values, as many as fit."""
+        short = {"learning rate": "lr", "grad norm": "grad", "best": "", "active": ""}
+        line = Content()
+        for figure in self._figures():
+            name = short.get(figure.name, figure.name)
+            if not name:
+                continue
+            room = max(0, figure.width - (2 if figure.name in ("held-out", "grad norm") else 0))
+            value = figure.value.pad_right(max(0, room - figure.value.cell_length))
+            unit_after = figure.name in ("it/s", "tokens/s")
+            shown = (
+                Content.assemble(figure.value.pad_left(max(0, room - figure.value.cell_length)), (f" {name}", FAINT))
+                if unit_after
+                else Content.assemble((f"{name} ", FAINT), value)
+            )
+            extra = shown if not line else Content("  ") + shown
+            if line.cell_length + extra.cell_length > width:
+                break
+            line += extra
+        return line

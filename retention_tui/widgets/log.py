@@ -1,0 +1,62 @@
+"""What happened, with the time of day: notices, alarms and changes of state."""
+
+from __future__ import annotations
+
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from textual import events
+from textual.color import Color
+from textual.widgets import RichLog
+
+from retention_tui import wording
+from retention_tui.progress import LOG_ENTRIES, Entry, Progress, Weight
+
+
+class EventLog(RichLog):
+    """The entries of a `Progress`, newest last; written again when the width has changed."""
+
+    COMPONENT_CLASSES = {f"event-log--{weight.value}" for weight in Weight} | {"event-log--time"}
+
+    def __init__(self, progress: Progress, *, id: str | None = None) -> None:
+        super().__init__(id=id, max_lines=4 * LOG_ENTRIES, wrap=True, markup=False, highlight=False, min_width=10)
+        self._progress = progress
+        self._written = 0
+        self._width = 0
+
+    def show_progress(self) -> None:
+        """Adds the entries that came since the last call."""
+        new = min(self._progress.entries_seen - self._written, len(self._progress.entries))
+        self._written = self._progress.entries_seen
+        if new > 0:
+            for entry in list(self._progress.entries)[-new:]:
+                self.write(self._line(entry))
+
+    def on_resize(self, event: events.Resize) -> None:
+        if event.size.width not in (0, self._width):
+            self._width = event.size.width
+            self._rewrite()
+
+    def notify_style_update(self) -> None:
+        super().notify_style_update()
+        if self._width:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        self.clear()
+        self._written = 0
+        self.show_progress()
+
+    def _line(self, entry: Entry) -> Table:
+        """Time and text in columns, so that a long text does not run under the times."""
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_row(
+            Text(wording.clock(entry.time, seconds=True), self._style("event-log--time"), no_wrap=True),
+            Text(entry.text, self._style(f"event-log--{entry.weight.value}")),
+        )
+        return line
+
+    def _style(self, component: str) -> Style:
+        _, background = self.background_colors
+        colour: Color = background + self.get_component_styles(component).color
+        return Style(color=colour.rich_color)

@@ -1,0 +1,193 @@
+"""What the screen draws of a run: histories reduced without losing anything, charts, words and the state of a run."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from textual.app import App, ComposeResult
+from textual.strip import Strip
+
+from engine.events import Alarm, RunEnded, RunOpened, State, StateChanged, StepCompleted
+from retention_tui import wording
+from retention_tui.history import Series, Smoother
+from retention_tui.progress import Progress, empty_history
+from retention_tui.widgets.chart import Chart, ChartSpec, Trace
+from retention_tui.widgets.monitor import CHARTS
+from retention_tui.widgets.scale import fit
+
+anything = st.floats(allow_nan=True, allow_infinity=True, width=32)
+columns = ("step", "low", "high", "mean", "smooth")
+
+
+def series_of(values: list[float], capacity: int = 16) -> Series:
+    series = Series(capacity=capacity)
+    for step, value in enumerate(values, 1):
+        series.add(step, value)
+    return series
+
+
+@given(st.lists(anything, min_size=1, max_size=400), st.integers(1, 60))
+def test_a_reduced_history_keeps_every_spike(values: list[float], count: int) -> None:
+    series = series_of(values)
+    assert len(series) <= 16
+    finite = [value for value in values if math.isfinite(value)]
+    reduced = series.columns(0, len(values) + 1, count)
+    if not finite:
+        assert np.isnan(reduced.low).all()
+        return
+    assert np.nanmin(reduced.low) == min(finite)
+    assert np.nanmax(reduced.high) == max(finite)
+    known = np.isfinite(reduced.low)
+    slack = 1e-9 * max(map(abs, finite))
+    assert (reduced.low[known] <= reduced.mean[known] + slack).all()
+    assert (reduced.mean[known] <= reduced.high[known] + slack).all()
+
+
+@given(st.lists(anything, max_size=700))
+@settings(max_examples=50)
+def test_a_history_read_at_once_is_that_of_its_steps_one_by_one(values: list[float]) -> None:
+    steps = np.arange(1, len(values) + 1)
+    at_once, one_by_one = Series.of(steps, np.array(values), capacity=16), series_of(values)
+    for _ in range(2):
+        assert len(at_once) == len(one_by_one)
+        mine, theirs = (series.columns(0, len(values) + 2, 50) for series in (at_once, one_by_one))
+        size = max((abs(value) for value in values if math.isfinite(value)), default=1.0)
+        for name in columns:
+            np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), rtol=1e-9, atol=1e-9 * size)
+        at_once.add(len(values) + 1, 1.0)  # and it goes on in the same way
+        one_by_one.add(len(values) + 1, 1.0)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=300))
+def test_smoothing_is_the_weighted_mean_of_its_definition(values: list[float]) -> None:
+    weights = 0.8 ** np.arange(len(values))[::-1]
+    expected = float(np.dot(weights, values) / weights.sum())
+    assert Smoother(0.8).add_many(np.array(values))[-1] == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+def test_a_run_that_went_back_draws_its_steps_once() -> None:
+    series = series_of([5.0, 4.0, 9.0, 9.0])
+    series.add(3, 3.0)
+    reduced = series.columns(0, 5, 5)
+    assert np.nanmax(reduced.high) == 5.0
+    assert series.last_step == 3
+
+
+class OneChart(App[None]):
+    def __init__(self, spec: ChartSpec) -> None:
+        super().__init__()
+        self.chart = Chart(spec)
+
+    def compose(self) -> ComposeResult:
+        yield self.chart
+
+    def drawn(self) -> list[str]:
+        lines: list[Strip] = [self.chart.render_line(y) for y in range(self.chart.size.height)]
+        return [line.text for line in lines]
+
+
+NOTHING = math.nan
+COURSES = {
+    "no value at all": [NOTHING] * 5,
+    "nothing but infinities": [math.inf, -math.inf],
+    "one value": [2.5],
+    "always the same": [3.0] * 50,
+    "zeros": [0.0] * 20,
+    "below zero on a logarithm": [-1.0, -2.0, 3.0],
+    "a hole of NaN": [4.0] * 20 + [NOTHING] * 20 + [2.0] * 20,
+    "a spike of many powers": [1e-30, 1e30, 1.0],
+    "huge": [1e300, 1.7e308],
+}
+
+
+@pytest.mark.parametrize("values", COURSES.values(), ids=COURSES)
+@pytest.mark.parametrize("spec", CHARTS.values(), ids=CHARTS)
+async def test_charts_draw_whatever_a_run_may_measure(spec: ChartSpec, values: list[float]) -> None:
+    app = OneChart(spec)
+    async with app.run_test(size=(60, 14)) as pilot:
+        for size in ((60, 14), (9, 3), (1, 1), (200, 50)):
+            await pilot.resize_terminal(*size)
+            app.chart.show({trace.metric: series_of(values) for trace in spec.traces}, (0.0, len(values) + 1.0))
+            lines = app.drawn()
+            assert all(len(line) == app.chart.size.width for line in lines)
+        usable = [value for value in values if math.isfinite(value) and (value > 0 or not spec.log)]
+        assert any("waiting for the first step" in line for line in lines) == (not usable)
+
+
+async def test_a_chart_puts_values_where_its_axis_says() -> None:
+    spec = ChartSpec("rising", (Trace("rising", "", band=True),))
+    app = OneChart(spec)
+    async with app.run_test(size=(80, 24)):
+        app.chart.show({"rising": series_of([float(step) for step in range(1, 101)], 1024)}, (0.0, 100.0))
+        lines = app.drawn()
+    drawn = [line.split("│")[-1].split("┤")[-1] for line in lines[:-2]]
+    ends = [len(line.rstrip()) for line in drawn if line.strip()]
+    assert len(ends) > 15
+    assert ends == sorted(ends, reverse=True), "a line that rises ends further right in each row above"
+    labels = [int(line.split("┤")[0]) for line in lines if "┤" in line]
+    assert labels == sorted(labels, reverse=True)
+    assert [int(word) for word in lines[-1].split()] == [0, 25, 50, 75, 100]
+
+
+@given(st.floats(1e-12, 1e12), st.floats(1e-12, 1e12), st.booleans(), st.booleans())
+def test_an_axis_holds_its_values_and_its_labels(one: float, other: float, log: bool, from_zero: bool) -> None:
+    low, high = sorted((one, other))
+    scale = fit(low, high, log=log, from_zero=from_zero)
+    places = scale.place(np.array([low, high]))
+    assert (places >= -1e-9).all() and (places <= 1 + 1e-9).all()
+    ticks = scale.ticks(5)
+    assert len(ticks) <= 7
+    assert all(-1e-6 <= place <= 1 + 1e-6 for place in scale.place(np.array(ticks)))
+
+
+def step(number: int, **metrics: float) -> StepCompleted:
+    return StepCompleted(step=number, total_steps=100, metrics=metrics, elapsed_seconds=1.0, remaining_seconds=9.0)
+
+
+def opened(at_step: int) -> RunOpened:
+    return RunOpened(
+        run="r", directory="runs/r", task="retention-lm", device="cpu", dtype="float32", parameters=1,
+        step=at_step, total_steps=100, attempt=2,
+    )  # fmt: skip
+
+
+def test_steps_that_come_before_the_history_is_read_are_drawn_after_it() -> None:
+    progress = Progress()
+    for event in (opened(10), step(11, loss=2.0), step(12, loss=1.5)):
+        progress.apply(event)
+    history = empty_history()
+    for number in range(1, 11):
+        history["loss"].add(number, 10.0 - number / 2)
+    progress.adopt_history(history)
+    reduced = progress.series["loss"].columns(0, 20, 20)
+    np.testing.assert_array_equal(reduced.mean[1:13], [*(10.0 - n / 2 for n in range(1, 11)), 2.0, 1.5])
+    assert progress.step == 12
+
+
+def test_alarms_and_a_failed_end_wait_for_a_reader() -> None:
+    progress = Progress()
+    progress.apply(Alarm(level="warning", text="the disk\nis full"))
+    progress.apply(StateChanged(state=State.TRAINING))
+    assert [entry.text for entry in progress.unread] == ["the disk is full"]
+    progress.read_alarms()
+    progress.apply(RunEnded(state=State.FAILED, reason="diverged", exit_code=4, step=7))
+    assert [entry.text for entry in progress.unread] == ["failed at step 7: diverged"]
+    assert len(progress.entries) == 3
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_numbers_stay_short(value: float) -> None:
+    for say in (wording.number, wording.thousands, wording.size, wording.scientific):
+        assert 0 < len(say(value)) <= 12 or abs(value) > 1e12
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59.6, "1 m 00 s"), (3599, "59 m 59 s"), (18720, "5 h 12 m"), (90000, "1 d 01 h"), (None, "–")],
+)
+def test_durations_in_words(seconds: float | None, said: str) -> None:
+    assert wording.duration(seconds) == said
