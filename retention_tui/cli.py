@@ -187,13 +187,13 @@ def _show(session: Session) -> int:
         if failed:
             sys.stderr.write(terminal.printed())
         return _finish(session) or (ExitCode.DEFECT if failed else ExitCode.OK)
-    if choice == "detach" and not session.interrupted:
+    if (choice == "detach" or failed) and not session.interrupted:
         session.client.send(Resume())  # a paused run would wait for ever: nobody is left to go on with it
     if terminal.lost:  # nobody reads here; the run's log has it all
         return _finish(session)
     run = session.client.run
     if failed and not terminal.leaving:
-        print(f"retention-tui: the screen failed; why is in {run.log_path}", file=sys.stderr)
+        print(f"retention-tui: the screen failed (see {run.log_path}); the run goes on without it", file=sys.stderr)
     if choice == "detach" and session.running and not session.interrupted:
         print(f"{run.name} goes on here without its screen; Ctrl+C stops it with a checkpoint", flush=True)
     told = headless.follow(session.client)
