@@ -240,7 +240,7 @@ class TestInATerminal:
         assert window.shows(b"stopped at step", since=window.output.rfind(LEAVE_SCREEN))
 
     def test_leaving_the_screen_goes_on_in_lines_even_from_a_pause(self, runs: Runs) -> None:
-        window = runs.window(steps=400)
+        window = runs.window(steps=300)
         window.type(b" ")
         wait_for(lambda: runs.run.summary().state == "paused", "pause")
         window.type(b"q")
@@ -250,7 +250,7 @@ class TestInATerminal:
         assert window.is_restored()
         left = window.output.rfind(LEAVE_SCREEN)
         assert window.shows(b"goes on here without its screen", since=left)
-        assert window.shows(b"Iter 400: Train loss", since=left)
+        assert window.shows(b"Iter 300: Train loss", since=left)
         assert runs.run.summary().state == "finished"
 
     def test_follows_the_size_of_the_window(self, runs: Runs) -> None:
@@ -324,7 +324,7 @@ class TestLoss:
         assert runs.has_checkpoint_of_the_end()
 
     def test_a_window_that_is_closed_while_nobody_reads(self, runs: Runs) -> None:
-        window = runs.window(steps=700)
+        window = runs.window(steps=500)
         window.freeze()
         for columns in range(120, 160):
             window.resize(columns, 40)
@@ -343,12 +343,12 @@ class TestLoss:
         assert runs.has_checkpoint_of_the_end()
 
     def test_a_hangup_sent_by_hand_takes_the_screen_and_leaves_the_run(self, runs: Runs) -> None:
-        window = runs.window(steps=400)
+        window = runs.window(steps=300)
         window.process.send_signal(signal.SIGHUP)
         wait_for(window.is_restored, "terminal given back")
         assert window.exit_code() == 0
-        assert "finished at step 400" in runs.log
-        assert window.shows(b"Iter 400: Train loss", since=window.output.rfind(LEAVE_SCREEN))
+        assert "finished at step 300" in runs.log
+        assert window.shows(b"Iter 300: Train loss", since=window.output.rfind(LEAVE_SCREEN))
 
     def test_a_closed_window_does_not_end_a_headless_run(self, runs: Runs) -> None:
         window = runs.window(300, "--headless")
