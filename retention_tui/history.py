@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 CAPACITY = 1024
-SMOOTHING = 0.8
+SMOOTHING = 0.6
 _BLOCK = 256
 
 

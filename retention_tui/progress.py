@@ -36,6 +36,7 @@ CHARTED = (
     "val_loss",
 )
 LOG_ENTRIES = 1000
+_USUAL = (State.LOADING, State.TRAINING, State.VALIDATING)  # they come and go all the time; the header shows them
 
 
 class Weight(Enum):
@@ -145,7 +146,9 @@ class Progress:
                 self._note(event.time, Weight.PLAIN, f"{event.run} {where}")
             case StateChanged():
                 self.state, self.reason = event.state, event.reason
-                self._note(event.time, Weight.PLAIN, f"{event.state}: {event.reason}" if event.reason else event.state)
+                if event.reason or event.state not in _USUAL:
+                    said = f"{event.state}: {event.reason}" if event.reason else event.state
+                    self._note(event.time, Weight.PLAIN, said)
             case StepCompleted():
                 self._step(event)
             case Validated():

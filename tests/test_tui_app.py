@@ -182,19 +182,21 @@ async def test_checkpoint_and_validation_by_key_button_and_palette(session: Sess
 async def test_a_chat_streams_while_training_goes_on_and_an_answer_can_be_cancelled(
     session: Session, tiny: Path
 ) -> None:
-    app = RetentionApp(session, session.start(str(tiny), ENDLESS))
+    slow = ["model.width=256", "model.layers=12", "model.heads=8"]  # so that an answer takes its time
+    app = RetentionApp(session, session.start(str(tiny), [*ENDLESS, *slow]))
     async with app.run_test(size=(130, 40)) as pilot:
-        await until(pilot, lambda: step_shown(app) > 3)
+        await until(pilot, lambda: step_shown(app) > 0)
         await pause(pilot)
-        await pilot.press("2", *"The [b]with")
-        assert app.screen.query_one(Input).value == "The [b]with"  # keys that steer the run are letters here
-        await pilot.press("escape", "space", "2", "enter")
+        await pilot.press("2", *"c [b]s")
+        assert app.screen.query_one(Input).value == "c [b]s"  # keys that steer the run are letters here
+        await pilot.click("#key-pause")
+        await pilot.press("enter")
         await until(pilot, lambda: "Esc cancels" in seen(app))
         step, tokens = step_shown(app), tokens_shown(app)
         await until(pilot, lambda: step_shown(app) > step and tokens_shown(app) > tokens)
         await pilot.press("escape")
         await until(pilot, lambda: "cancelled" in seen(app))
-        assert "The [b]with" in seen(app)
+        assert "c [b]s" in seen(app)
         assert tokens_shown(app) < 256
         await pilot.press("escape", "1")
         await until(pilot, lambda: "grad norm" in seen(app) and "it/s" in seen(app))

@@ -176,7 +176,7 @@ def test_alarms_and_a_failed_end_wait_for_a_reader() -> None:
     progress.read_alarms()
     progress.apply(RunEnded(state=State.FAILED, reason="diverged", exit_code=4, step=7))
     assert [entry.text for entry in progress.unread] == ["failed at step 7: diverged"]
-    assert len(progress.entries) == 3
+    assert len(progress.entries) == 2
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))

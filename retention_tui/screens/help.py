@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 _READING = (
-    ("━ line", "the course of the steps, smoothed (exponential mean, β = 0.8)"),
+    ("━ line", "the course of the steps, smoothed (exponential mean, β = 0.6)"),
     ("▒ band", "the least and the most of the steps under each column: no spike is hidden"),
     ("◆", "loss on the held-out text"),
     ("▼ ▲ ▸", "the loss of late: falling, rising, level"),

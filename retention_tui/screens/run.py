@@ -10,7 +10,7 @@ from textual.screen import Screen
 from textual.widgets import Input, TabbedContent, TabPane
 
 from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
-from engine.events import Event, RunEnded, RunOpened, State
+from engine.events import AnswerEnded, AnswerText, Event, RunEnded, RunOpened, State, StepCompleted
 from retention_tui.client import Client
 from retention_tui.history import Series
 from retention_tui.progress import Progress, empty_history, load_history
@@ -24,6 +24,7 @@ from retention_tui.widgets.log import EventLog
 from retention_tui.widgets.monitor import Monitor
 
 POLL_SECONDS = 1 / 8
+NUMBERS_SECONDS = 1 / 2
 CHARTS_SECONDS = 1.0  # a round of charts costs some 20 ms, which training would feel if it came more often
 STEERING = {"pause", "checkpoint", "validate", "stop"}
 """Ids of the keys that mean nothing once the run has ended."""
@@ -69,6 +70,7 @@ class RunScreen(Screen[None]):
 
     def on_mount(self) -> None:
         self.set_interval(POLL_SECONDS, self._poll)
+        self.set_interval(NUMBERS_SECONDS, self._show_numbers)
         self.set_interval(CHARTS_SECONDS, self._draw_charts)
         self._draw_charts()
 
@@ -79,13 +81,16 @@ class RunScreen(Screen[None]):
         for event in events:
             self._progress.apply(event)
             self._take(event)
-        if not events:
-            return
-        self.query_one(Chat).show_answers()
-        self.query_one(EventLog).show_progress()
+        if any(isinstance(event, AnswerText | AnswerEnded) for event in events):
+            self.query_one(Chat).show_answers()
+        if any(not isinstance(event, StepCompleted | AnswerText) for event in events):
+            self.query_one(EventLog).show_progress()
+            self.query_one(Happening).refresh()
+            self._show_keys()
+            self._show_numbers()
+
+    def _show_numbers(self) -> None:
         self.query_one(RunHeader).refresh()
-        self.query_one(Happening).refresh()
-        self._show_keys()
 
     def _take(self, event: Event) -> None:
         match event:

@@ -22,7 +22,9 @@ class KeyBar(HorizontalGroup):
         for binding in self._bindings_shown:
             action = binding.action if "." in binding.action else f"screen.{binding.action}"
             label = _label(binding, binding.description)
-            yield Button(label, action=action, compact=True, id=f"key-{binding.id}", tooltip=binding.tooltip or None)
+            button = Button(label, action=action, compact=True, id=f"key-{binding.id}", tooltip=binding.tooltip or None)
+            button.can_focus = False  # a click must not take the cursor away from what is being typed
+            yield button
 
     def show_state(self, *, renamed: dict[str, str], disabled: set[str], keys_work: bool = True) -> None:
         """Names the keys anew whose ids are in `renamed`, and greys out those in `disabled`.

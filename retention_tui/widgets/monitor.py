@@ -41,6 +41,7 @@ class Monitor(Container):
         super().__init__(id=id)
         self._progress = progress
         self._large = "loss"
+        self._shown: tuple[object, ...] = ()
 
     def compose(self) -> ComposeResult:
         for name, spec in CHARTS.items():
@@ -65,7 +66,12 @@ class Monitor(Container):
             chart.set_class(chart.id == name, "large")
 
     def show_progress(self) -> None:
-        """Draws the charts as the run is now; those that cannot be seen cost nothing."""
+        """Draws the charts as the run is now; those that cannot be seen, or have not changed, cost nothing."""
+        progress = self._progress
+        shown = (progress.step, progress.entries_seen, id(progress.series), self.size, self._large)
+        if shown == self._shown:
+            return
+        self._shown = shown
         for chart in self.query(Chart):
             chart.show(self._progress.series, self._progress.span)
             chart.set_title(self._title(chart))
