@@ -1,6 +1,6 @@
 # `make check` is the whole loop of a change; everything runs in .venv, which is made where it is missing.
 BIN := .venv/bin
-SOURCES := engine retention_tui tests
+SOURCES := engine retention_tui tests docs
 
 .PHONY: check lint types imports test format lock demo bench clean
 

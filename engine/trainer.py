@@ -156,7 +156,7 @@ class Trainer:
         self._do_errands()
         if not self._controls.paused or self._controls.stop:
             return
-        paused_at = time.monotonic()
+        paused_at, aside_seconds = time.monotonic(), self._aside_seconds
         self._journal.enter(State.PAUSED)
         while self._controls.paused and not self._controls.stop:
             self._controls.listen(0.0 if self._answers else 0.5)
@@ -165,11 +165,17 @@ class Trainer:
         if not self._controls.stop:
             self._journal.enter(State.TRAINING)
         self._paused_seconds += time.monotonic() - paused_at
+        self._aside_seconds = aside_seconds  # what was done in the pause is in the pause's time
 
     def _do_errands(self) -> None:
+        step = self.progress.step
         if self._controls.validation_asked():
+            if self._val_loss and self._val_loss[0] == step:
+                self._journal.say(Notice(text=f"step {step} has been validated already"))
             self._validate()
         if self._controls.checkpoint_asked():
+            if self._saved_step == step:
+                self._journal.say(Notice(text=f"step {step} has been saved already"))
             self._checkpoint()
 
     def _begin_answer(self, ask: Generate) -> None:
@@ -194,7 +200,7 @@ class Trainer:
             "elapsed_seconds": progress.elapsed_seconds,
             **memory_bytes(),
         }
-        self._journal.record(progress.step, metrics)
+        self._journal.record(progress.step, {**metrics, "time": time.time()})
         left = self._total_steps - progress.step
         self._journal.say(
             StepCompleted(

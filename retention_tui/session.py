@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -106,6 +107,8 @@ class Session:
         self.client = LocalClient(self._engine)
         self.on_launch(run)
         self._engine.start()
+        if self._signal:  # it came while this run was being prepared
+            self._engine.send(Stop(reason=f"stopped by {signal.Signals(self._signal).name}"))
         return self.client
 
     def _settle(self) -> int:

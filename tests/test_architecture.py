@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-SOURCES = ["engine", "retention_tui", "tests"]
+SOURCES = ["engine", "retention_tui", "tests", "docs"]
 
 
 def check(*command: str | Path) -> None:

@@ -22,6 +22,8 @@ GATE_BIAS = 6.9
 """A fresh gate is sigmoid(6.9) = 0.999: a memory of about a thousand tokens."""
 
 _INITIAL_STD = 0.02
+_OF_WIDTH = 1280
+"""GPT-2's spread of weights at its largest width; narrower layers, which add up less, need a larger one."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +159,13 @@ class RetentionLM(nn.Module):
         return model
 
     def _initialise(self) -> None:
-        """Normal weights; those that write to the residual stream smaller, by the number of writers (GPT-2)."""
+        """Normal weights, σ ∝ 1/√width; those that write to the residual stream smaller, by the number of writers."""
+        normal = _INITIAL_STD * math.sqrt(_OF_WIDTH / self.config.width)
         for name, array in tree_flatten(self.parameters()):
             if array.ndim < 2:
                 continue
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = _INITIAL_STD / math.sqrt(2 * len(self.layers)) if writes else _INITIAL_STD
+            std = normal / math.sqrt(2 * len(self.layers)) if writes else normal
             self.update(tree_unflatten([(name, mx.random.normal(array.shape, scale=std))]))
 
 

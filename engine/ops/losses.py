@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from engine.backend import mx
+from engine.ops.recompute import split
 
 LOGITS_AT_ONCE = 1 << 25
 """128 MiB of them in float32."""
@@ -28,7 +29,7 @@ def linear_cross_entropy_sum(
     """
     chunk = max(1, logits_at_once // weight.shape[0])
     cuts = list(range(chunk, hidden.shape[0], chunk))
-    parts = zip(*(mx.split(array, cuts) for array in (hidden, targets, counted)), strict=True)
+    parts = zip(split(hidden, cuts, axis=0), mx.split(targets, cuts), mx.split(counted, cuts), strict=True)
     losses: list[mx.array] = []
     for rows, ids, mask in parts:
         waiting = mx.depends([rows], losses[-1:])[0] if losses else rows
