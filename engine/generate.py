@@ -28,10 +28,12 @@ def generate(
     top_p: float = 0.9,
     seed: int = 0,
     end_of_text: int | None = None,
+    vocabulary: int | None = None,
 ) -> Iterator[int | None]:
     """Tokens that follow a prompt, one a call; None for each piece of the prompt that was read before the first.
 
     Temperature 0 takes the likeliest token. Ends after `max_tokens`, or before `end_of_text`, which is not given out.
+    Ids from `vocabulary` on are never given out: a tokenizer may fill fewer rows than the model has.
     Every token takes the same time and memory, whatever the context. Draws from keys of its own, never from MLX's
     global random state. Raises `ValueError` for an empty prompt.
     """
@@ -45,7 +47,7 @@ def generate(
     key = mx.random.key(seed)
     for made in range(max_tokens):
         key, now = mx.random.split(key)
-        token = int(scalar(sample(logits[0], temperature, top_p, now)))
+        token = int(scalar(sample(logits[0, :vocabulary], temperature, top_p, now)))
         if token == end_of_text:
             return
         yield token

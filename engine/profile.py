@@ -63,6 +63,10 @@ class RetentionModel(Section):
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
+        if self.power == 4 and self.width // self.heads > 16:
+            raise ValueError(
+                f"power = 4 needs width / heads of at most 16, not {self.width // self.heads}, to generate"
+            )
         if (self.width // self.heads) % 2:
             raise ValueError(
                 f"width / heads = {self.width // self.heads} is odd; rotary positions need an even head size"

@@ -79,7 +79,8 @@ class Trainer:
         if profile.train.batch_size % ranks.size:
             raise UserError(f"train.batch_size = {profile.train.batch_size} cannot be shared by {ranks.size} ranks")
         self._run, self._profile, self._ranks, self._journal = run, profile, ranks, journal
-        self._task = make_task(profile, run.path.parent)
+        checkpoint = self._find_checkpoint(resume_from) if resume_from and ranks.chief else None
+        self._task = make_task(profile, run.path.parent, checkpoint.path if checkpoint else None)
         self._total_steps = self._task.total_steps()
         self._dtype = compute_dtype(profile.train.dtype)
         self._update = Update(self._task, profile.train, ranks, self._dtype, compiled=on_gpu())
@@ -93,7 +94,7 @@ class Trainer:
         self._aside_seconds = self._paused_seconds = 0.0
         self._reported_at = time.monotonic()
         self._pace: deque[float] = deque(maxlen=_PACE_WINDOW_STEPS)
-        self._open(resume_from)
+        self._open(checkpoint)
 
     def train(self) -> Outcome:
         """Trains until all steps are done, or a command or a guard ends it; leaves a checkpoint."""
@@ -275,15 +276,12 @@ class Trainer:
 
     # Opening and closing
 
-    def _open(self, resume_from: str | None) -> None:
+    def _open(self, checkpoint: Checkpoint | None) -> None:
         if self._ranks.chief:
             self._check_identity()
-        checkpoint = self._find_checkpoint(resume_from) if resume_from and self._ranks.chief else None
-        if checkpoint is None:
-            self._update.restore(self._task.initial_parameters(), None)
-        else:
+        self._update.restore(self._task.initial_parameters(), checkpoint.optimizer_state() if checkpoint else None)
+        if checkpoint is not None:
             state = checkpoint.state()
-            self._update.restore(self._task.load_parameters(checkpoint.path), checkpoint.optimizer_state())
             self.progress = Progress(**state["progress"])
             self._guard.in_a_row = state["guard"]["nan_steps_in_a_row"]
             self._saved_step = checkpoint.step
@@ -303,6 +301,8 @@ class Trainer:
                 attempt=attempt,
             )
         )
+        if checkpoint is None and self._task.borrowed_weights:
+            self._checkpoint()  # what they came from may change or vanish; the run needs it no more
 
     def _check_identity(self) -> None:
         identity = self._run.identity()

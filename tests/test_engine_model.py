@@ -189,6 +189,48 @@ def test_the_loss_is_cross_entropy(logits_at_once: int) -> None:
         assert close(other, one, 1e-6)
 
 
+@pytest.mark.parametrize("logits_at_once", [1 << 20, 400])
+def test_the_loss_of_bfloat16_has_good_gradients(logits_at_once: int) -> None:
+    """Against float32 on the same (rounded) numbers, where most targets are likely, so that slopes are small."""
+    mx.random.seed(0)
+    weight = mx.random.normal((40, 16)).astype(mx.bfloat16)
+    targets = mx.random.randint(0, 40, (64,))
+    hidden = (0.5 * weight[targets] + 0.1 * mx.random.normal((64, 16))).astype(mx.bfloat16)
+
+    def gradients(dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        def loss(hidden: mx.array, weight: mx.array) -> mx.array:
+            return linear_cross_entropy_sum(
+                hidden, weight, targets, mx.ones(64, dtype=mx.bool_), logits_at_once=logits_at_once
+            )
+
+        return mx.grad(loss, argnums=(0, 1))(hidden.astype(dtype), weight.astype(dtype))
+
+    for exact, found in zip(gradients(mx.float32), gradients(mx.bfloat16), strict=True):
+        assert found.dtype == mx.bfloat16
+        apart = mx.linalg.norm(found.astype(mx.float32) - exact, stream=mx.cpu)
+        assert (apart / mx.linalg.norm(exact, stream=mx.cpu)).item() < 0.02
+
+
+def test_the_loss_needs_the_memory_of_a_chunk() -> None:
+    mx.random.seed(0)
+    hidden, weight = mx.random.normal((4096, 16)), mx.random.normal((2000, 16))
+    targets, counted = mx.random.randint(0, 2000, (4096,)), mx.ones(4096, dtype=mx.bool_)
+    mx.eval(hidden, weight, targets, counted)
+
+    def peak(logits_at_once: int) -> int:
+        def loss(hidden: mx.array, weight: mx.array) -> mx.array:
+            return linear_cross_entropy_sum(hidden, weight, targets, counted, logits_at_once=logits_at_once)
+
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.value_and_grad(loss, argnums=(0, 1))(hidden, weight))
+        return mx.get_peak_memory() - before
+
+    all_logits_bytes = 4 * 4096 * 2000
+    assert peak(1 << 30) > all_logits_bytes
+    assert peak(1 << 18) < all_logits_bytes / 2
+
+
 def test_the_loss_of_large_logits_is_finite_and_of_nan_is_nan() -> None:
     weight, targets, counted = mx.eye(4), mx.array([1]), mx.array([True])
     large = linear_cross_entropy_sum(mx.array([[1e4, 0, 0, 0]]), weight, targets, counted)
@@ -239,6 +281,8 @@ def test_generation_reads_in_pieces_and_stops_where_it_should(model: RetentionLM
     assert made[:3] == [None] * 3 and len(made) == 7
     end = made[3]
     assert list(generate(model, [1] * 150, max_tokens=4, temperature=0, end_of_text=end)) == [None] * 3
+    drawn = generate(model, [1], max_tokens=200, temperature=9.0, top_p=1.0, vocabulary=10)
+    assert {token for token in drawn if token is not None} == set(range(10))
     with pytest.raises(ValueError, match="prompt is empty"):
         next(generate(model, [], max_tokens=1))
 

@@ -440,6 +440,23 @@ def test_weights_that_do_not_fit_are_refused(start: Start) -> None:
     assert ended.exit_code == ExitCode.BAD_INPUT and "'nowhere'" in ended.reason
 
 
+def test_a_run_needs_the_weights_that_it_began_with_no_more(start: Start) -> None:
+    ride = start()
+    ride.end()
+    settings = {"model.init_from": ride.run.name, "train.steps": 20, "checkpoint.every": 0, "validate.every": 0}
+    alone = start(**settings)
+    alone.end()
+    tuned = start(**settings)
+    tuned.until_step(3)
+    tuned.send(Stop(checkpoint=False))
+    assert tuned.end().step < 20
+    ride.run.path.rename(ride.run.path.with_name("gone"))
+    again = start(resume=tuned.run, **settings)
+    assert again.end().exit_code == ExitCode.OK
+    assert again.of(RunOpened)[0].step == 0
+    assert losses(tuned.run) == losses(alone.run)
+
+
 def test_a_slow_reader_loses_old_steps_and_nothing_else() -> None:
     mailbox = Mailbox()
     step = {"total_steps": 1, "metrics": {}, "elapsed_seconds": 0.0, "remaining_seconds": None}

@@ -69,7 +69,7 @@ def test_any_split_gives_the_same_step(task: RetentionLMTask, sizes: list[int]) 
     assert found.norm == pytest.approx(expected.norm, rel=1e-6)
     difference = tree_map(lambda one, other: mx.square(one - other).sum(), expected.sums, found.sums)
     apart = math.sqrt(sum(square.item() for _, square in tree_flatten(difference))) / batch.tokens
-    assert apart <= 1e-6 * expected.norm
+    assert apart <= 4e-6 * expected.norm  # float32 rounding of sums in another order
     # Adam divides an entry by its own size, which makes rounding large where the gradient is nothing but rounding.
     whole.apply(expected, 1e-2)
     parts.apply(found, 1e-2)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from engine.backend import mx
-from engine.ops.recompute import split
 
 LOGITS_AT_ONCE = 1 << 25
 """128 MiB of them in float32."""
@@ -17,8 +16,8 @@ def linear_cross_entropy_sum(
 ) -> mx.array:
     """−Σ log softmax(hidden · weightᵀ)[target] over the counted tokens, in nats, float32.
 
-    The logits of a chunk of tokens live only while it is worked on: its gradients are made together with its loss,
-    since the gradient of a sum is known up to a factor. So the exponentials, which cost most, are taken once.
+    The gradient of a sum is known up to a factor, so a chunk of tokens makes its gradients together with its loss:
+    its logits live only while it is worked on, and the exponentials, which cost most, are taken once.
 
     Args:
         hidden: [tokens, width].
@@ -29,37 +28,43 @@ def linear_cross_entropy_sum(
     """
     chunk = max(1, logits_at_once // weight.shape[0])
     cuts = list(range(chunk, hidden.shape[0], chunk))
-    parts = zip(split(hidden, cuts, axis=0), mx.split(targets, cuts), mx.split(counted, cuts), strict=True)
-    losses: list[mx.array] = []
-    for rows, ids, mask in parts:
-        waiting = mx.depends([rows], losses[-1:])[0] if losses else rows
-        losses.append(_chunk_loss(ids, mask)(waiting, weight)[0])
-    return mx.stack(losses).sum()
 
-
-def _chunk_loss(targets: mx.array, counted: mx.array) -> Callable[..., list[mx.array]]:
     @mx.custom_function
     def loss_and_gradients(hidden: mx.array, weight: mx.array) -> list[mx.array]:
-        """The summed loss, and its gradients with respect to both arguments."""
-        logits = (hidden @ weight.T).astype(mx.float32)
-        top = logits.max(axis=-1, keepdims=True)
-        odds = mx.exp(logits - top)
-        total = odds.sum(axis=-1, keepdims=True)
-        right = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        losses = mx.where(counted, (mx.log(total) + top - right).squeeze(-1), 0)
-
-        # d loss / d logits = odds / total − one-hot(target), for counted tokens; neither is written out.
-        share = mx.where(counted[:, None], 1 / total, 0)
-        one = counted.astype(hidden.dtype)[:, None]
-        odds = odds.astype(hidden.dtype)
-        to_hidden = (odds @ weight) * share.astype(hidden.dtype) - weight[targets] * one
-        to_weight = (odds.T @ (hidden * share.astype(hidden.dtype))).at[targets].subtract(hidden * one)
-        return [losses.sum(), to_hidden, to_weight]
+        losses: list[mx.array] = []
+        to_hidden: list[mx.array] = []
+        to_weight: mx.array | None = None
+        for rows, ids, mask in zip(*(mx.split(array, cuts) for array in (hidden, targets, counted)), strict=True):
+            if to_weight is not None:  # the chunk before is done with its logits
+                rows = mx.depends([rows], [losses[-1], to_hidden[-1], to_weight])[0]  # noqa: PLW2901
+            loss, slopes = _loss_and_slopes(rows @ weight.T, ids, mask)
+            slopes = slopes.astype(hidden.dtype)
+            losses.append(loss)
+            to_hidden.append(slopes @ weight)
+            part = (slopes.T @ rows).astype(mx.float32)
+            to_weight = part if to_weight is None else to_weight + part
+        return [mx.stack(losses).sum(), mx.concatenate(to_hidden), cast(mx.array, to_weight)]
 
     @loss_and_gradients.vjp
     def _backward(
-        _primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
     ) -> tuple[mx.array, ...]:
-        return tuple(cotangents[0].astype(gradient.dtype) * gradient for gradient in outputs[1:])
+        factor = cotangents[0]
+        return tuple(
+            (factor * gradient).astype(primal.dtype) for primal, gradient in zip(primals, outputs[1:], strict=True)
+        )
 
-    return cast(Callable[..., list[mx.array]], loss_and_gradients)
+    return cast(list[mx.array], loss_and_gradients(hidden, weight))[0]
+
+
+def _loss_and_slopes(logits: mx.array, targets: mx.array, counted: mx.array) -> tuple[mx.array, mx.array]:
+    """The summed loss, and its derivative by the logits: softmax − one-hot(target) where a token counts; float32."""
+    logits = logits.astype(mx.float32)
+    top = logits.max(axis=-1, keepdims=True)
+    odds = mx.exp(logits - top)
+    total = odds.sum(axis=-1, keepdims=True)
+    right = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    losses = mx.where(counted[:, None], mx.log(total) + top - right, 0)
+    slopes = odds * mx.where(counted[:, None], 1 / total, 0)
+    at_target = mx.take_along_axis(slopes, targets[:, None], axis=-1) - counted[:, None]
+    return losses.sum(), mx.put_along_axis(slopes, targets[:, None], at_target, axis=-1)

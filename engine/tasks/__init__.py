@@ -50,11 +50,11 @@ class Task(Protocol):
     def part_of(self, parameter: str) -> str:
         """The part of the model that a parameter belongs to, for grad norms by part."""
 
-    def initial_parameters(self) -> Any:
-        """The weights that a new run starts from (`model.init_from`, or random ones from the seed)."""
+    borrowed_weights: bool
+    """True where a new run begins with the weights of something outside of it (`model.init_from`)."""
 
-    def load_parameters(self, folder: Path) -> Any:
-        """The weights of a checkpoint folder."""
+    def initial_parameters(self) -> Any:
+        """The weights to begin with: those of the checkpoint to resume from, borrowed ones, or random ones."""
 
     def save(self, parameters: Any, folder: Path) -> None:
         """Writes a folder that can be used elsewhere as it is."""
@@ -63,8 +63,8 @@ class Task(Protocol):
         """An answer a token at a time: a piece of text (which may be empty), or None while still reading the prompt."""
 
 
-def make_task(profile: Profile, runs_folder: Path) -> Task:
-    """Loads what a profile's kind needs: data, tokenizer, model."""
+def make_task(profile: Profile, runs_folder: Path, checkpoint: Path | None = None) -> Task:
+    """Loads what a profile's kind needs: data, tokenizer, model. `checkpoint` is the folder of one to resume from."""
     from engine.tasks.retention_lm import RetentionLMTask  # a kind's imports are paid for when it is run
 
-    return RetentionLMTask(profile, runs_folder)
+    return RetentionLMTask(profile, runs_folder, checkpoint)

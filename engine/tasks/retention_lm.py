@@ -31,14 +31,15 @@ _PARTS = {"embedding": "embedding", "retention": "retention", "gate": "retention
 class RetentionLMTask:
     """See `engine.tasks.Task`."""
 
-    def __init__(self, profile: Profile, runs_folder: Path) -> None:
+    def __init__(self, profile: Profile, runs_folder: Path, checkpoint: Path | None = None) -> None:
         self._profile, self._train = profile, profile.train
         self._dtype = compute_dtype(profile.train.dtype)
-        self._init_folder = _find_weights(profile.model.init_from, runs_folder) if profile.model.init_from else None
-        data = profile.data
-        if data.tokenizer == "bpe" and self._init_folder is not None:
-            # weights only mean something with the tokenizer that they were trained with
-            data = data.model_copy(update={"tokenizer": str(self._init_folder)})
+        self._weights, data, init_from = checkpoint, profile.data, profile.model.init_from
+        self.borrowed_weights = init_from is not None
+        if init_from is not None:
+            self._weights = checkpoint or _find_weights(init_from, runs_folder)
+            if data.tokenizer == "bpe":  # weights only mean something with the tokenizer that they were trained with
+                data = data.model_copy(update={"tokenizer": str(self._weights)})
         dataset = load_text_data(data, profile.model.vocab_size, self._train.sequence_length, profile.seed)
         self._tokenizer, self._sequences, self._heldout = dataset.tokenizer, dataset.train, dataset.heldout
         self.data_digest = dataset.digest
@@ -83,20 +84,22 @@ class RetentionLMTask:
         return next((part for word, part in _PARTS.items() if word in parameter.split(".")), "norm")
 
     def initial_parameters(self) -> Any:
-        return self.load_parameters(self._init_folder) if self._init_folder else self.model.trainable_parameters()
-
-    def load_parameters(self, folder: Path) -> Any:
-        loaded = RetentionLM.load(folder)
+        if self._weights is None:
+            return self.model.trainable_parameters()
+        loaded = RetentionLM.load(self._weights)
         # How the op is cut into chunks changes no number that a weight depends on.
         theirs, ours = asdict(loaded.config), asdict(self._config)
         if differing := [name for name in ours if ours[name] != theirs[name] and name not in _FREE_TO_CHANGE]:
             name = differing[0]
-            raise UserError(f"{folder}: its model has {name} = {theirs[name]}, the profile has {name} = {ours[name]}")
+            raise UserError(
+                f"{self._weights}: its model has {name} = {theirs[name]}, the profile has {name} = {ours[name]}"
+            )
         return loaded.trainable_parameters()
 
     def save(self, parameters: Any, folder: Path) -> None:
-        self.model.update(parameters)
-        self.model.save(folder)
+        shape = RetentionLM(self._config)  # one of its own, so that nothing keeps these weights afterwards
+        shape.update(parameters)
+        shape.save(folder)
         self._tokenizer.save(folder)
 
     def answer(self, parameters: Any, ask: Generate) -> Iterator[str | None]:
@@ -123,13 +126,16 @@ def speak(model: RetentionLM, tokenizer: Any, ask: Generate) -> Iterator[str | N
         top_p=ask.top_p,
         seed=ask.seed,
         end_of_text=tokenizer.end_of_text,
+        vocabulary=tokenizer.vocab_size,
     ):
         yield None if token is None else text.push(token)
 
 
 def load_speaker(folder: Path) -> tuple[RetentionLM, Any]:
-    """The model and tokenizer of a checkpoint folder, for `speak`."""
-    return RetentionLM.load(folder), load_tokenizer(folder)
+    """The model and tokenizer of a checkpoint folder, for `speak`, in this machine's own dtype."""
+    model = RetentionLM.load(folder)
+    model.set_dtype(compute_dtype("auto"))
+    return model, load_tokenizer(folder)
 
 
 def model_config(model: RetentionModel) -> RetentionLMConfig:
