@@ -16,6 +16,8 @@ from typing import cast
 
 import psutil
 
+from engine.cores import usable_cores
+
 REFERENCE_BLAS = "reference"
 ACCELERATE = "Accelerate"
 
@@ -50,7 +52,7 @@ def _openblas_candidates() -> list[str]:
 def _limit_threads() -> None:
     # OpenBLAS reads the variable when it is loaded; more threads than cores only wait for each other.
     if sys.platform == "linux":
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(usable_cores()))
 
 
 _limit_threads()

@@ -17,6 +17,7 @@ from typing import Literal
 import psutil
 
 from engine.backend import BLAS, REFERENCE_BLAS, device_words, mx, on_gpu
+from engine.cores import usable_cores
 from engine.data.text_dataset import cache_folder
 
 _FAST_BLAS = "pip install scipy-openblas32==0.3.23.293.2, or on Debian and Ubuntu: apt install libopenblas0-pthread"
@@ -131,7 +132,7 @@ def _matmul() -> Finding:
 def _threads() -> int:
     """The BLAS's threads; `engine.backend` sets the variable where the user has not."""
     asked = os.environ.get("OPENBLAS_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = usable_cores()
     return min(int(asked), cores) if asked.isdecimal() and int(asked) else cores
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 
 from engine import backend
+from engine.cores import ranks_launched
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, device, BLAS and thread count, for run.json."""
+    """Versions, machine, device, BLAS, threads and ranks, for run.json."""
     return {
         "versions": {name: _version(name) for name in ("retention-tui", "mlx", "mlx-lm", "numpy", "tokenizers")}
         | {"python": platform.python_version()},
@@ -28,12 +29,14 @@ def environment() -> dict[str, Any]:
         "device": backend.device_words(),
         "blas": Path(backend.BLAS).name,
         "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "ranks": ranks_launched(),
     }
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What has changed and may change the last bits of a resumed run, in words."""
     pairs = [(name, then.get(name), now.get(name)) for name in ("device", "blas", "blas_threads")]
+    pairs.append(("ranks", then.get("ranks", 1), now["ranks"]))
     pairs += [(name, then.get("versions", {}).get(name), now["versions"][name]) for name in ("mlx", "numpy")]
     pairs.append(("processor", then.get("machine", {}).get("processor"), now["machine"]["processor"]))
     return [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]

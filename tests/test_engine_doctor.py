@@ -18,6 +18,7 @@ import pytest
 
 from engine import doctor
 from engine.backend import BLAS, REFERENCE_BLAS, on_gpu
+from engine.cores import quota_cores, ranks_here, ranks_launched, usable_cores
 
 linux_cpu = pytest.mark.skipif(sys.platform != "linux" or on_gpu(), reason="about BLAS on Linux without a GPU")
 
@@ -161,3 +162,56 @@ def test_prints_a_line_for_each_finding_and_its_advice(tmp_path: Path) -> None:
     marks = {line.split()[1]: line[0] for line in done.stdout.splitlines() if line[0] in "✓!✗"}
     assert marks["runs"] == "✗" and marks["python"] == "✓"
     assert "→ choose another one with --runs-dir" in done.stdout
+
+
+class TestCores:
+    """Folders as Linux shows them stand in for the kernel's."""
+
+    @staticmethod
+    def group(root: Path, membership: str, **limits: str) -> None:
+        (root / "proc/self").mkdir(parents=True, exist_ok=True)
+        (root / "proc/self/cgroup").write_text(membership + "\n")
+        for name, text in limits.items():
+            file = root / "sys/fs/cgroup" / name.replace("__", "/").replace("cpu_max", "cpu.max")
+            file = file.with_name(file.name.replace("cpu_cfs", "cpu.cfs"))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+
+    @pytest.mark.parametrize(
+        ("limits", "cores"),
+        [
+            ({}, None),
+            ({"cpu_max": "max 100000"}, None),
+            ({"cpu_max": "150000 100000"}, 2),
+            ({"cpu_max": "20000 100000"}, 1),
+            ({"jobs__mine__cpu_max": "400000 100000", "jobs__cpu_max": "300000 100000"}, 3),
+            ({"jobs__mine__cpu_max": "max 100000", "jobs__cpu_max": "100000 50000"}, 2),
+        ],
+    )
+    def test_quota_of_version_2(self, tmp_path: Path, limits: dict[str, str], cores: int | None) -> None:
+        self.group(tmp_path, "0::/jobs/mine", **limits)
+        assert quota_cores(tmp_path) == cores
+
+    @pytest.mark.parametrize(("quota", "cores"), [("-1", None), ("250000", 3)])
+    def test_quota_of_version_1(self, tmp_path: Path, quota: str, cores: int | None) -> None:
+        """In a container the group's path is the host's, and only the mount's root can be seen."""
+        folder = "cpu,cpuacct__"
+        limits = {f"{folder}cpu_cfs_quota_us": quota, f"{folder}cpu_cfs_period_us": "100000"}
+        self.group(tmp_path, "5:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n0::/", **limits)
+        assert quota_cores(tmp_path) == cores
+
+    def test_no_groups_at_all(self, tmp_path: Path) -> None:
+        assert quota_cores(tmp_path) is None
+
+    def test_ranks_on_one_machine_share_its_cores(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        alone = usable_cores()
+        hosts = tmp_path / "hosts.json"
+        monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+        hosts.write_text(json.dumps([[f"10.0.0.{host}:{5000 + i}"] for i, host in enumerate([1, 1, 2])]))
+        for rank, here in (("0", 2), ("1", 2), ("2", 1)):
+            monkeypatch.setenv("MLX_RANK", rank)
+            assert (ranks_here(), ranks_launched()) == (here, 3)
+            assert usable_cores() == max(1, alone // here)
+        hosts.write_text("")  # as mlx.launch leaves it for a single process
+        monkeypatch.setenv("MLX_RANK", "0")
+        assert (ranks_here(), ranks_launched(), usable_cores()) == (1, 1, alone)
