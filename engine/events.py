@@ -156,12 +156,15 @@ class RunEnded(Event):
 
 def to_json(event: Event) -> str:
     """One line of JSON with a key `event` naming the kind; NaN and infinities become strings, as JSON has none."""
-    return json.dumps({"event": event.kind, **_plain(dataclasses.asdict(event))}, ensure_ascii=False, allow_nan=False)
+    return json.dumps({"event": event.kind, **plain(dataclasses.asdict(event))}, ensure_ascii=False, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinities become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     return value

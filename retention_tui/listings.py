@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.errors import UserError
+from engine.events import plain
 from engine.profile import list_profiles
 from engine.store import RunDirectory, RunSummary, find_run, list_runs
 
@@ -108,8 +108,7 @@ def _write_csv(run: RunDirectory, file: IO[str]) -> None:
 
 def _write_jsonl(run: RunDirectory, file: IO[str]) -> None:
     for step, values in run.rows():
-        finite = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        file.write(json.dumps({"step": step, **finite}) + "\n")
+        file.write(json.dumps(plain({"step": step, **values}), allow_nan=False) + "\n")
 
 
 def _row(summary: RunSummary) -> tuple[str, ...]:
@@ -140,5 +139,5 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
+    json.dump(plain(value), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False, default=str)
     sys.stdout.write("\n")
