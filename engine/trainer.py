@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from queue import SimpleQueue
@@ -19,10 +21,11 @@ from engine.checkpoint import (
     choose_checkpoint,
     latest_intact,
     list_checkpoints,
+    newest_attempt,
     prune_checkpoints,
     save_checkpoint,
 )
-from engine.commands import Command, Generate
+from engine.commands import Command
 from engine.controls import Controls
 from engine.environment import differences, environment
 from engine.errors import ExitCode, UserError
@@ -31,7 +34,7 @@ from engine.guards.divergence import DivergenceGuard, Verdict
 from engine.journal import Journal
 from engine.optimizer import learning_rate
 from engine.profile import Profile
-from engine.ranks import Ranks
+from engine.ranks import RankLost, Ranks
 from engine.store import RunDirectory
 from engine.tasks import make_task
 from engine.update import Gradient, Update
@@ -82,14 +85,16 @@ class Trainer:
         checkpoint = self._find_checkpoint(resume_from) if resume_from and ranks.chief else None
         self._task = make_task(profile, run.path.parent, checkpoint.path if checkpoint else None)
         self._total_steps = self._task.total_steps()
+        self._compare_ranks()
         self._dtype = compute_dtype(profile.train.dtype)
         self._update = Update(self._task, profile.train, ranks, self._dtype, compiled=on_gpu())
-        self._answers = Answers(self._task, journal.say)
-        self._controls = Controls(inbox, self._begin_answer, self._answers.cancel)
+        self._answers = Answers(self._task, journal.say, lambda: (self._update.parameters, self.progress.step))
+        self._controls = Controls(inbox, self._answers.ask, self._answers.cancel)
         self._guard = DivergenceGuard(profile.guard.nan_steps)
         self.progress = Progress()
         self._val_loss: tuple[int, float] | None = None
-        self._saved_step: int | None = None
+        self._validating = False
+        self._saved: Checkpoint | None = None
         self._saved_at = time.monotonic()
         self._aside_seconds = self._paused_seconds = 0.0
         self._reported_at = time.monotonic()
@@ -100,16 +105,28 @@ class Trainer:
         """Trains until all steps are done, or a command or a guard ends it; leaves a checkpoint."""
         self._journal.enter(State.TRAINING)
         self._reported_at = time.monotonic()
+        try:
+            outcome = self._take_steps()
+        except RankLost as error:  # in an exchange: weights and optimizer are those of the last completed step
+            outcome = Outcome(State.FAILED, str(error), ExitCode.BAD_INPUT)
+        except Exception:
+            self._rescue()
+            raise
+        return self._close(outcome)
+
+    def _take_steps(self) -> Outcome:
         outcome: Outcome | None = None
         while outcome is None:
-            if self._ranks.decide(self._controls.stop is not None):
-                reason = self._controls.stop.reason if self._controls.stop else ""
+            if self._ranks.chief and not self._controls.stop:
+                self._keep_appointments()
+            if self._ranks.any(self._controls.stop is not None):
+                reason = self._controls.stop.reason if self._controls.stop else "another rank was asked to stop"
                 outcome = Outcome(State.STOPPED, reason, ExitCode.OK)
             elif self.progress.step >= self._total_steps:
                 outcome = Outcome(State.FINISHED, f"all {self._total_steps} steps are done", ExitCode.OK)
             else:
                 outcome = self._take_step()
-        return self._close(outcome)
+        return outcome
 
     def _take_step(self) -> Outcome | None:
         step, started = self.progress.step + 1, time.monotonic()
@@ -135,12 +152,10 @@ class Trainer:
         if verdict is Verdict.STOP:
             reason = f"training diverged: no finite loss or gradient for {self._guard.limit} steps in a row"
             return Outcome(State.FAILED, reason, ExitCode.DIVERGED)
-        if self._ranks.chief:
-            self._keep_appointments()
         return None
 
     def _keep_appointments(self) -> None:
-        """Validates and checkpoints where it is time."""
+        """Validates and checkpoints the last completed step where it is time, and where that was cut short before."""
         step, last = self.progress.step, self.progress.step >= self._total_steps
         if last or _is_due(step, self._profile.validation.every):
             self._validate()
@@ -155,38 +170,47 @@ class Trainer:
         self._controls.listen()
         self._answers.serve(busy_seconds)
         self._do_errands()
-        if not self._controls.paused or self._controls.stop:
-            return
-        paused_at, aside_seconds = time.monotonic(), self._aside_seconds
-        self._journal.enter(State.PAUSED)
-        while self._controls.paused and not self._controls.stop:
-            self._controls.listen(0.0 if self._answers else 0.5)
-            self._answers.serve(0.0)
-            self._do_errands()
-        if not self._controls.stop:
-            self._journal.enter(State.TRAINING)
+        if self._controls.paused and not self._controls.stop:
+            self._hold()
+
+    def _hold(self) -> None:
+        """Waits while paused; chats and errands are served meanwhile."""
+        state, paused_at = self._journal.state, time.monotonic()
+        with self._aside():
+            self._journal.enter(State.PAUSED)
+            while self._controls.paused and not self._controls.stop:
+                self._controls.listen(0.0 if self._answers else 0.5)
+                self._answers.serve(0.0)
+                self._do_errands()
+            if not self._controls.stop:
+                self._journal.enter(state)
         self._paused_seconds += time.monotonic() - paused_at
-        self._aside_seconds = aside_seconds  # what was done in the pause is in the pause's time
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Time inside is not the step's; what is nested counts once."""
+        before, started = self._aside_seconds, time.monotonic()
+        try:
+            yield
+        finally:
+            self._aside_seconds = before + time.monotonic() - started
 
     def _do_errands(self) -> None:
         step = self.progress.step
-        if self._controls.validation_asked():
+        if self._controls.validation_asked() and not self._validating:
             if self._val_loss and self._val_loss[0] == step:
                 self._journal.say(Notice(text=f"step {step} has been validated already"))
             self._validate()
         if self._controls.checkpoint_asked():
-            if self._saved_step == step:
+            if self._saved_now:
                 self._journal.say(Notice(text=f"step {step} has been saved already"))
             self._checkpoint()
-
-    def _begin_answer(self, ask: Generate) -> None:
-        self._answers.begin(ask, self._update.parameters, self.progress.step)
 
     # What a step leaves behind
 
     def _report(self, gradient: Gradient, rate: float, step_seconds: float) -> None:
         now, progress = time.monotonic(), self.progress
-        seconds = max(step_seconds - self._aside_seconds - self._paused_seconds, 1e-9)
+        seconds = max(step_seconds - self._aside_seconds, 1e-9)
         self._pace.append(now - self._reported_at - self._paused_seconds)  # with validations and checkpoints
         self._reported_at, self._paused_seconds = now, 0.0
         progress.elapsed_seconds += seconds
@@ -214,37 +238,60 @@ class Trainer:
         )
 
     def _validate(self) -> None:
-        """Measures the held-out loss of the last completed step; chats and commands are served meanwhile."""
-        step, started = self.progress.step, time.monotonic()
+        """Measures the held-out loss of the last completed step, once; a stop cuts it short."""
+        step = self.progress.step
         if self._val_loss and self._val_loss[0] == step:
             return
+        with self._aside():
+            metrics = self._heldout_metrics()
+            if metrics is None:
+                return
+            loss = metrics["val_loss"]
+            best = math.isfinite(loss) and loss < (self.progress.best_val_loss or math.inf)
+            self._val_loss = (step, loss)
+            self._journal.record(step, metrics)
+            self._journal.say(Validated(step=step, metrics=metrics, best=best))
+            if best:
+                self.progress.best_val_loss = loss
+            if best or self._saved_now:
+                self._checkpoint()  # the best is always kept
+
+    def _heldout_metrics(self) -> Mapping[str, float] | None:
+        """None when it was stopped. Chats and commands are served between micro-batches, as in training."""
+        state, loss_sum, tokens = self._journal.state, 0.0, 0
         self._journal.enter(State.VALIDATING)
-        loss_sum, tokens = 0.0, 0
+        self._validating = True
         for batch in islice(self._task.heldout(), self._profile.validation.batches or None):
             busy = time.monotonic()
             loss_sum += self._update.loss(batch)
             tokens += batch.tokens
-            self._controls.listen()
-            self._answers.serve(time.monotonic() - busy)
+            self._serve(time.monotonic() - busy)
             if self._controls.stop:
-                return
-        metrics = self._task.heldout_metrics(loss_sum, tokens)
-        loss = metrics["val_loss"]
-        best = math.isfinite(loss) and loss < (self.progress.best_val_loss or math.inf)
-        self._val_loss = (step, loss)
-        self._journal.record(step, metrics)
-        self._journal.say(Validated(step=step, metrics=metrics, best=best))
-        self._journal.enter(State.PAUSED if self._controls.paused else State.TRAINING)
-        if best:
-            self.progress.best_val_loss = loss
-            self._checkpoint()  # the best is always kept
-        self._aside_seconds += time.monotonic() - started
+                return None
+        self._validating = False
+        self._journal.enter(state)
+        return self._task.heldout_metrics(loss_sum, tokens)
 
     def _checkpoint(self) -> bool:
         """Saves the last completed step. A failure is an alarm, not an end: the checkpoints before it stay."""
-        step, started = self.progress.step, time.monotonic()
-        if step == self._saved_step or not self._ranks.chief:
+        if not self._ranks.chief:
             return True
+        try:
+            with self._aside():
+                self._save()
+        except CheckpointError as error:
+            self._warn(f"{error}; training goes on, the checkpoints before it are kept", "critical")
+            return False
+        finally:
+            self._saved_at = time.monotonic()
+        return True
+
+    @property
+    def _saved_now(self) -> bool:
+        return self._saved is not None and self._saved.step == self.progress.step
+
+    def _save(self) -> None:
+        step, started = self.progress.step, time.monotonic()
         val_loss = self._val_loss[1] if self._val_loss and self._val_loss[0] == step else None
         state = {
             "progress": asdict(self.progress),
@@ -252,27 +299,29 @@ class Trainer:
             "micro_batch_size": self._profile.train.micro_batch_size,
             "val_loss": val_loss if val_loss is None or math.isfinite(val_loss) else None,
         }
+        if self._saved is not None and self._saved.step == step:
+            self._saved.note(**state)  # it may have been validated since
+            return
+        self._saved = save_checkpoint(
+            self._run,
+            step,
+            self._journal.attempt,
+            lambda folder: self._task.save(self._update.parameters, folder),
+            self._update.optimizer_state(),
+            state,
+        )
+        self._prune()
+        seconds, size = time.monotonic() - started, self._saved.size_bytes()
+        path = str(self._saved.path)
+        self._journal.say(CheckpointSaved(step=step, path=path, size_bytes=size, seconds=seconds))
+
+    def _prune(self) -> None:
+        if not self._journal.stored:
+            return  # what belongs to this attempt is known from the store
         try:
-            saved = save_checkpoint(
-                self._run,
-                step,
-                self._journal.attempt,
-                lambda folder: self._task.save(self._update.parameters, folder),
-                self._update.optimizer_state(),
-                state,
-            )
-        except CheckpointError as error:
-            self._warn(f"{error}; training goes on, the checkpoints before it are kept", "critical")
-            return False
-        finally:
-            self._saved_at = time.monotonic()
-            self._aside_seconds += time.monotonic() - started
-        self._saved_step = step
-        prune_checkpoints(self._run, self._profile.checkpoint.keep)
-        seconds = time.monotonic() - started
-        size = saved.size_bytes()
-        self._journal.say(CheckpointSaved(step=step, path=str(saved.path), size_bytes=size, seconds=seconds))
-        return True
+            prune_checkpoints(self._run, self._profile.checkpoint.keep)
+        except UserError as error:
+            self._warn(f"{error}; old checkpoints are kept meanwhile")
 
     # Opening and closing
 
@@ -284,10 +333,14 @@ class Trainer:
             state = checkpoint.state()
             self.progress = Progress(**state["progress"])
             self._guard.in_a_row = state["guard"]["nan_steps_in_a_row"]
-            self._saved_step = checkpoint.step
+            self._saved = checkpoint
+            if state["val_loss"] is not None:
+                self._val_loss = (checkpoint.step, state["val_loss"])
         self.progress.step = self._ranks.decide(self.progress.step)
+        self._guard.in_a_row = self._ranks.decide(self._guard.in_a_row)
         self._update.agree()
-        attempt = self._journal.begin_attempt(self.progress.step, self._total_steps)
+        newest = newest_attempt(self._run) if self._ranks.chief else 0
+        attempt = self._journal.begin_attempt(self.progress.step, self._total_steps, newest)
         self._journal.say(
             RunOpened(
                 run=self._run.name,
@@ -303,6 +356,13 @@ class Trainer:
         )
         if checkpoint is None and self._task.borrowed_weights:
             self._checkpoint()  # what they came from may change or vanish; the run needs it no more
+
+    def _compare_ranks(self) -> None:
+        """What the ranks must have in common, as each takes its share of the same batches."""
+        if not self._ranks.same(self._task.data_digest):
+            raise UserError("the ranks do not have the same data; copy one machine's data to the others")
+        if not self._ranks.same(str(self._total_steps)):
+            raise UserError("the ranks do not train for the same number of steps; give all of them the same profile")
 
     def _check_identity(self) -> None:
         identity = self._run.identity()
@@ -335,12 +395,20 @@ class Trainer:
         reason = f"{outcome.reason}, but its last checkpoint could not be written: resume goes on from the one before"
         return Outcome(State.FAILED, reason, outcome.exit_code or ExitCode.BAD_INPUT)
 
+    def _rescue(self) -> None:
+        """Saves the last completed step before a failure ends the run; only one inside the update spoils weights."""
+        self._update.drop()
+        with contextlib.suppress(Exception):  # the failure itself is what the user has to hear of
+            self._answers.end_all("run ended")
+            if self._update.intact:
+                self._checkpoint()
+
     def _warn(self, text: str, level: str = "warning") -> None:
         self._journal.say(Alarm(level=level, text=text))
 
 
 def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    return step > 0 and every > 0 and step % every == 0
 
 
 def _seed(*parts: int) -> int:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import traceback
 from collections import deque
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
-from engine.commands import Command
+from engine.commands import Command, Generate
 from engine.errors import ExitCode, UserError
-from engine.events import Event, RunEnded, State, StepCompleted
+from engine.events import AnswerEnded, Event, RunEnded, State, StepCompleted
 from engine.journal import Journal
 from engine.profile import Profile
 from engine.store import RunDirectory
+
+if TYPE_CHECKING:
+    from engine.ranks import Ranks
 
 _STEPS_KEPT = 4096
 
@@ -61,13 +66,19 @@ class Mailbox:
 class Engine:
     """One run in one thread of this process. Make it, subscribe, start it, send it commands, join it.
 
-    `resume_from` is None for a new run, `latest`, or a step's number.
+    `resume_from` is None for a new run, `latest`, or a step's number. One that `assists` another process's run says and
+    writes nothing; its `run` is only where other runs are found.
     """
 
-    def __init__(self, run: RunDirectory, profile: Profile, resume_from: str | None = None) -> None:
+    def __init__(
+        self, run: RunDirectory, profile: Profile, resume_from: str | None = None, assists: bool = False
+    ) -> None:
         self.run, self.profile = run, profile
         self.ended: RunEnded | None = None
-        self._resume_from = resume_from
+        self.joined = threading.Event()
+        """Set once this run's ranks have found each other, or will not any more."""
+        self._resume_from, self._assists = resume_from, assists
+        self._ranks: Ranks | None = None
         self._inbox: SimpleQueue[Command] = SimpleQueue()
         self._mailboxes: list[Mailbox] = []
         self._thread = threading.Thread(target=self._work, name=f"engine of {run.name}")
@@ -90,6 +101,12 @@ class Engine:
         self._thread.join(timeout_seconds)
         return self.ended
 
+    @property
+    def waiting_seconds(self) -> float:
+        """For how long it has been waiting for another rank; 0 while it computes."""
+        since = self._ranks.waiting_since if self._ranks else None
+        return time.monotonic() - since if since is not None else 0.0
+
     def _say(self, event: Event) -> None:
         for mailbox in self._mailboxes:
             mailbox.put(event)
@@ -102,8 +119,9 @@ class Engine:
         journal: Journal | None = None
         trainer: Trainer | None = None
         try:
-            ranks = Ranks()
-            journal = Journal(self.run if ranks.chief else None, self._say)
+            ranks = self._ranks = Ranks()
+            self.joined.set()
+            journal = Journal(None if self._assists else self.run, self._say)
             journal.enter(State.LOADING)
             trainer = Trainer(self.run, self.profile, ranks, journal, self._inbox, self._resume_from)
             outcome = trainer.train()
@@ -111,18 +129,42 @@ class Engine:
             outcome = Outcome(State.FAILED, str(error), ExitCode.BAD_INPUT)
         except Exception as error:  # a defect of ours: the log gets the traceback, the user one line
             self._log_traceback()
-            reason = f"internal error: {error!r}; details in {self.run.log_path}"
-            outcome = Outcome(State.FAILED, reason, ExitCode.DEFECT)
+            details = "above" if self._assists else f"in {self.run.log_path}"
+            what = "out of memory" if _is_out_of_memory(error) else "internal error"
+            outcome = Outcome(State.FAILED, f"{what}: {error!r}; details {details}", ExitCode.DEFECT)
+        self.joined.set()
         step = trainer.progress.step if trainer else 0
         ended = RunEnded(state=outcome.state, reason=outcome.reason, exit_code=outcome.exit_code, step=step)
-        if journal is None:
+        try:
+            self._end_unheard()
+            if journal is not None:
+                journal.end(ended)
+        except Exception:
+            self._log_traceback()
+        finally:
             self._say(ended)
-        else:
-            journal.end(ended)
-            journal.close()
-        self.ended = ended
-        mx.clear_streams()  # else the process may abort at exit
+            self.ended = ended
+            mx.clear_streams()  # else the process may abort at exit
+
+    def _end_unheard(self) -> None:
+        """Tells those whose question came too late for the trainer to hear it."""
+        with contextlib.suppress(Empty):
+            while True:
+                command = self._inbox.get_nowait()
+                if isinstance(command, Generate):
+                    self._say(AnswerEnded(answer=command.answer, reason="run ended", tokens=0, seconds=0.0))
 
     def _log_traceback(self) -> None:
+        if self._assists:
+            traceback.print_exc()
+            return
         with contextlib.suppress(OSError), self.run.log_path.open("a", encoding="utf-8") as log:
             log.write(traceback.format_exc())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """MLX has no type for it, only words, which differ from one backend to the next."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in words for sign in ("[metal::malloc]", "out of memory", "unable to allocate")
+    )

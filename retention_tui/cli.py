@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from engine.commands import Generate, Resume
+from engine.cores import ranks_launched
 from engine.errors import ExitCode, UserError
 from engine.lines import describe
 from retention_tui import headless, listings
@@ -33,10 +38,22 @@ Headless = Annotated[bool, typer.Option("--headless", help="lines instead of the
 Json = Annotated[bool, typer.Option("--json", help="one JSON object a line")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's name, or its folder")]
 RUNS = Path("runs")
+SET = "override a key of the profile, e.g. train.steps=50; may be given several times"
+_RANK_PATIENCE_SECONDS = 10
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"retention-tui {metadata.version('retention-tui')}")
+        raise typer.Exit
 
 
 @cli.callback(invoke_without_command=True)
-def app(context: typer.Context, runs_dir: RunsDir = RUNS) -> None:
+def app(
+    context: typer.Context,
+    runs_dir: RunsDir = RUNS,
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it")] = False,
+) -> None:
     """The app: pick a profile or a run."""
     os.environ["RETENTION_TUI_RUNS"] = str(runs_dir)  # it may stand before the command as well as after it
     if context.invoked_subcommand is None:
@@ -48,7 +65,7 @@ def app(context: typer.Context, runs_dir: RunsDir = RUNS) -> None:
 @cli.command()
 def run(
     profile: Annotated[str, typer.Argument(metavar="PROFILE", help="a profile's name, or its file")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="train.steps=50")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
     name: Annotated[str | None, typer.Option(help="the run's name; PROFILE, PROFILE-2 … if absent")] = None,
     runs_dir: RunsDir = RUNS,
     no_screen: Headless = False,
@@ -57,10 +74,8 @@ def run(
     """Train a profile."""
     session = Session(runs_dir)
     if _is_helper_rank():
-        session.assist(profile, overrides or (), name)
-        raise SystemExit(_assist(session))
-    _stop_on_signals(session)
-    session.start(profile, overrides or (), name)
+        raise SystemExit(_assist(session, lambda: session.assist(profile, overrides or (), name)))
+    _launch(session, lambda: session.start(profile, overrides or (), name))
     raise SystemExit(_attend(session, no_screen, as_json))
 
 
@@ -75,10 +90,8 @@ def resume(
     """Go on with a run, exactly, from a checkpoint."""
     session = Session(runs_dir)
     if _is_helper_rank():
-        session.assist_resume(run_name)
-        raise SystemExit(_assist(session))
-    _stop_on_signals(session)
-    session.resume(run_name, step)
+        raise SystemExit(_assist(session, lambda: session.assist_resume(run_name)))
+    _launch(session, lambda: session.resume(run_name, step))
     raise SystemExit(_attend(session, no_screen, as_json))
 
 
@@ -139,7 +152,9 @@ def doctor(runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """The entry point: runs a command; a user's mistake becomes one line and exit code 2."""
+    """The entry point: runs a command. A user's mistake becomes one line and exit code 2, a defect one and code 1."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; runs have their own handlers
     try:
         try:
             cli()
@@ -153,6 +168,11 @@ def main() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left; nothing more to say
         raise SystemExit(ExitCode.OK) from None
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="retention-tui-", suffix=".txt", delete=False) as details:
+            traceback.print_exc(file=details)
+        print(f"retention-tui: internal error: {error!r}; details in {details.name}", file=sys.stderr)
+        raise SystemExit(ExitCode.DEFECT) from None
 
 
 def _attend(session: Session, no_screen: bool, as_json: bool) -> int:
@@ -211,11 +231,48 @@ def _finish(session: Session) -> int:
     return code
 
 
-def _assist(session: Session) -> int:
-    """A rank that only computes leaves signals to rank 0, whose decisions reach it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+def _launch(session: Session, start: Callable[[], object]) -> None:
+    """Starts a run that a signal stops. While ranks look for each other no handler runs, and any signal ends it."""
+    if ranks_launched() == 1:
+        _stop_on_signals(session)
+        start()
+    else:
+        start()
+        session.join_ranks()
+        _stop_on_signals(session)
+
+
+def _assist(session: Session, start: Callable[[], object]) -> int:
+    """A rank that only computes. Ctrl+C reaches rank 0 too, which decides; SIGTERM stops the run on all ranks."""
+
+    def stop(number: int, _: object) -> None:
+        session.stop("", number)
+        _leave_if_stuck(session, number)
+
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    return session.finish()
+    start()
+    session.join_ranks()
+    signal.signal(signal.SIGTERM, stop)
+    code = session.finish()
+    if session.ended is not None and session.ended.exit_code != ExitCode.OK:
+        print(f"retention-tui: rank {os.environ['MLX_RANK']}: {session.ended.reason}", file=sys.stderr)
+    return code
+
+
+def _leave_if_stuck(session: Session, number: int) -> None:
+    """From now on, ends the process where another rank keeps it waiting, as one that hangs would for ever."""
+    asked = time.monotonic()
+
+    def watch() -> None:
+        while session.running:
+            time.sleep(0.2)
+            if min(session.waiting_seconds, time.monotonic() - asked) > _RANK_PATIENCE_SECONDS:
+                words = "another rank does not answer; the run goes on from its last checkpoint when it is resumed"
+                os.write(2, f"retention-tui: {words}\n".encode())
+                os._exit(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _stop_on_signals(session: Session, leave: Callable[[], None] | None = None) -> None:
@@ -223,6 +280,8 @@ def _stop_on_signals(session: Session, leave: Callable[[], None] | None = None) 
 
     def stop(number: int, _: object) -> None:
         session.stop(f"stopped by {signal.Signals(number).name}", number)
+        if ranks_launched() > 1:
+            _leave_if_stuck(session, number)
         if leave is not None:
             leave()
         elif session.client is None:  # nothing to be saved yet

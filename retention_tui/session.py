@@ -69,16 +69,22 @@ class Session:
 
     def assist(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> None:
         """Trains as a rank that only computes: no run directory, no lock, nothing said."""
-        run = RunDirectory(self.runs_folder / (name or find_profile(profile).stem))
-        self._engine = Engine(run, load_profile(profile, overrides))
-        self._engine.start()
+        self._assist(self.runs_folder / (name or "run"), load_profile(profile, overrides))
 
     def assist_resume(self, run: str) -> None:
         """As `assist`, for a run that is resumed: what it goes on from comes from rank 0."""
         found = find_run(self.runs_folder, run)
-        profile = validate_profile(found.identity()["profile"], where=str(found.identity_path))
-        self._engine = Engine(found, profile)
-        self._engine.start()
+        self._assist(found.path, validate_profile(found.identity()["profile"], where=str(found.identity_path)))
+
+    def join_ranks(self) -> None:
+        """Waits until the present run's ranks have found each other."""
+        if self._engine is not None:
+            self._engine.joined.wait()
+
+    @property
+    def waiting_seconds(self) -> float:
+        """For how long the present run has been waiting for another rank."""
+        return self._engine.waiting_seconds if self._engine is not None else 0.0
 
     def stop(self, reason: str, signal_number: int | None = None) -> None:
         """Asks the present run to checkpoint and end at the next micro-batch; never waits."""
@@ -110,6 +116,10 @@ class Session:
         if self._signal:  # it came while this run was being prepared
             self._engine.send(Stop(reason=f"stopped by {signal.Signals(self._signal).name}"))
         return self.client
+
+    def _assist(self, path: Path, profile: Profile) -> None:
+        self._engine = Engine(RunDirectory(path), profile, assists=True)
+        self._engine.start()
 
     def _settle(self) -> int:
         """Joins what ran before and gives its lock back."""
