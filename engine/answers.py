@@ -11,6 +11,9 @@ from engine.commands import Generate
 from engine.events import AnswerEnded, AnswerStarted, AnswerText, Event
 from engine.tasks import Task
 
+AT_ONCE = 2
+"""How many answers are made at once, as each has a copy of the weights; others wait for their turn."""
+
 
 @dataclass
 class _Open:
@@ -21,37 +24,55 @@ class _Open:
 
 
 class Answers:
-    """Serves open chats fairly and within a budget. An answer keeps the weights that it began with."""
+    """Serves chats fairly and within a budget.
 
-    def __init__(self, task: Task, say: Callable[[Event], None]) -> None:
-        self._task, self._say = task, say
+    `weights` gives the present parameters and their step; an answer keeps those that it began with.
+    """
+
+    def __init__(self, task: Task, say: Callable[[Event], None], weights: Callable[[], tuple[Any, int]]) -> None:
+        self._task, self._say, self._weights = task, say, weights
+        self._waiting: dict[str, Generate] = {}
         self._open: dict[str, _Open] = {}
 
     def __bool__(self) -> bool:
         return bool(self._open)
 
-    def begin(self, ask: Generate, parameters: Any, step: int) -> None:
+    def ask(self, ask: Generate) -> None:
+        """Takes a question; its answer begins as soon as there is a place for it."""
         self.cancel(ask.answer)
-        self._open[ask.answer] = _Open(ask, self._task.answer(parameters, ask))
-        self._say(AnswerStarted(answer=ask.answer, step=step))
+        self._waiting[ask.answer] = ask
+        self._begin()
 
     def cancel(self, answer: str, reason: str = "cancelled") -> None:
         """Ends one answer; unknown ones are already over."""
-        if answer in self._open:
+        if self._waiting.pop(answer, None):
+            self._say(AnswerEnded(answer=answer, reason=reason, tokens=0, seconds=0.0))
+        elif answer in self._open:
             self._end(answer, reason)
 
     def serve(self, budget_seconds: float) -> None:
         """One token for each open answer at least, then more in turn until the budget is spent."""
-        deadline = time.monotonic() + budget_seconds
-        while self._open:
-            for answer in list(self._open):
-                self._advance(answer)
-            if time.monotonic() >= deadline:
-                return
+        deadline, served = time.monotonic() + budget_seconds, 0
+        while self._open and (served < len(self._open) or time.monotonic() < deadline):
+            answer = next(iter(self._open))
+            self._open[answer] = self._open.pop(answer)  # the others are next
+            self._advance(answer)
+            served += 1
 
     def end_all(self, reason: str) -> None:
-        for answer in list(self._open):
-            self._end(answer, reason)
+        for answer in [*self._waiting, *self._open]:
+            self.cancel(answer, reason)
+
+    def _begin(self) -> None:
+        while self._waiting and len(self._open) < AT_ONCE:
+            ask = self._waiting.pop(next(iter(self._waiting)))
+            parameters, step = self._weights()
+            try:
+                self._open[ask.answer] = _Open(ask, self._task.answer(parameters, ask))
+            except Exception as error:  # as below
+                self._say(AnswerEnded(answer=ask.answer, reason=f"failed: {error}", tokens=0, seconds=0.0))
+                continue
+            self._say(AnswerStarted(answer=ask.answer, step=step))
 
     def _advance(self, answer: str) -> None:
         state = self._open[answer]
@@ -72,3 +93,4 @@ class Answers:
         state = self._open.pop(answer)
         seconds = time.monotonic() - state.started
         self._say(AnswerEnded(answer=answer, reason=reason, tokens=state.tokens, seconds=seconds))
+        self._begin()

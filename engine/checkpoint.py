@@ -21,7 +21,7 @@ from typing import Any
 
 from engine.backend import mx
 from engine.errors import UserError
-from engine.store import RunDirectory, write_json
+from engine.store import RunDirectory, sync, write_json
 
 CHECKPOINT_FORMAT = 1
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -71,6 +71,15 @@ class Checkpoint:
         assert isinstance(arrays, dict)
         return arrays
 
+    def note(self, **entries: Any) -> None:
+        """Changes entries of state.json, atomically. Raises `CheckpointError` where it could not be written."""
+        try:
+            state = self.state()
+            if state != state | entries:
+                write_json(self.path / STATE_FILE, state | entries)
+        except (OSError, UserError) as error:
+            raise CheckpointError(f"{self.path.name}/{STATE_FILE} could not be written: {error}") from error
+
     def size_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.path.iterdir())
 
@@ -116,21 +125,26 @@ def save_checkpoint(
 def list_checkpoints(run: RunDirectory) -> list[Checkpoint]:
     """The checkpoints on the run's current line, oldest first, without those that a later attempt left behind.
 
-    Folders without a row in the store (it was lost, or not yet written) count by their own numbers.
+    An attempt whose row in the store was lost, or is not yet written, counts by its folders' numbers. Raises
+    `UserError` where the store cannot be read.
     """
-    line = dict(run.line())
-    newest_first: dict[int, Checkpoint] = {}
-    for path in run.checkpoints_path.iterdir() if run.checkpoints_path.is_dir() else ():
-        match = _FOLDER.fullmatch(path.name)
-        if not match:
-            continue
-        checkpoint = Checkpoint(int(match[1]), int(match[2] or 1), path)
-        if line and checkpoint.step > line.get(checkpoint.attempt, -1):
-            continue
-        known = newest_first.get(checkpoint.step)
-        if known is None or known.attempt < checkpoint.attempt:
-            newest_first[checkpoint.step] = checkpoint
-    return sorted(newest_first.values())
+    begun = [(attempt.id, attempt.from_step) for attempt in run.attempts()]
+    newest: dict[int, Checkpoint] = {}
+    for checkpoint in sorted(_folders(run)):  # of one step, the newest attempt's comes last
+        if all(checkpoint.step <= from_step for attempt, from_step in begun if attempt > checkpoint.attempt):
+            newest[checkpoint.step] = checkpoint
+    return list(newest.values())
+
+
+def newest_attempt(run: RunDirectory) -> int:
+    """The highest number of an attempt that left a checkpoint; 0 where there is none."""
+    return max((checkpoint.attempt for checkpoint in _folders(run)), default=0)
+
+
+def _folders(run: RunDirectory) -> list[Checkpoint]:
+    folders = run.checkpoints_path.iterdir() if run.checkpoints_path.is_dir() else ()
+    named = ((_FOLDER.fullmatch(path.name), path) for path in folders)
+    return [Checkpoint(int(match[1]), int(match[2] or 1), path) for match, path in named if match]
 
 
 def latest_intact(checkpoints: Sequence[Checkpoint], report: Callable[[str], None]) -> Checkpoint | None:
@@ -175,10 +189,14 @@ def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def prune_checkpoints(run: RunDirectory, keep: int) -> None:
-    """Deletes what is older than the `keep` newest checkpoints and not the best, and what a killed writer left."""
+    """Of the current line the `keep` newest checkpoints and the best stay. All others are deleted.
+
+    So are those that no command can reach, as a later attempt left them behind, and what a killed writer left.
+    Raises `UserError` where the store, which knows the line, cannot be read.
+    """
     checkpoints = list_checkpoints(run)
     stay = {*checkpoints[-keep:], best_checkpoint(checkpoints)}
-    for checkpoint in checkpoints:
+    for checkpoint in _folders(run):
         if checkpoint not in stay:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
     for leftover in run.checkpoints_path.glob(f"{_TEMPORARY}*"):
@@ -193,6 +211,6 @@ def _sha256(path: Path) -> str:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)

@@ -23,10 +23,10 @@ class Controls:
     def __init__(
         self,
         inbox: SimpleQueue[Command],
-        begin_answer: Callable[[Generate], None],
+        ask: Callable[[Generate], None],
         cancel_answer: Callable[[str], None],
     ) -> None:
-        self._inbox, self._begin_answer, self._cancel_answer = inbox, begin_answer, cancel_answer
+        self._inbox, self._ask, self._cancel_answer = inbox, ask, cancel_answer
         self.paused = False
         self.stop: Stop | None = None
         self._checkpoint = self._validate = False
@@ -63,6 +63,6 @@ class Controls:
             case Stop():
                 self.stop = self.stop or command
             case Generate():
-                self._begin_answer(command)
+                self._ask(command)
             case CancelGeneration():
                 self._cancel_answer(command.answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import IO
 
@@ -11,6 +12,7 @@ from engine.events import (
     AnswerStarted,
     AnswerText,
     Event,
+    Notice,
     RunEnded,
     State,
     StateChanged,
@@ -31,14 +33,20 @@ class Journal:
         self._log: IO[str] | None = run.log_path.open("a", encoding="utf-8", buffering=1) if run else None
         self._lines = LineWriter(with_clock=True)
         self._store_problem: str | None = None
+        self.state = State.LOADING
 
     @property
     def attempt(self) -> int:
         """The id of this attempt, once it has begun."""
         return self._store.attempt if self._store else 0
 
-    def begin_attempt(self, from_step: int, total_steps: int) -> int:
-        attempt = self._store.begin_attempt(from_step, total_steps) if self._store else 1
+    @property
+    def stored(self) -> bool:
+        """False while something still waits for the store."""
+        return self._store_problem is None
+
+    def begin_attempt(self, from_step: int, total_steps: int, newest_known: int) -> int:
+        attempt = self._store.begin_attempt(from_step, total_steps, newest_known) if self._store else 1
         self.flush()
         return attempt
 
@@ -47,23 +55,30 @@ class Journal:
         if self._store is None:
             return
         self._publish(event)
-        for line in self._lines.lines(event):
-            self._write_log(line)
+        self._write_log(event)
         if not isinstance(event, _NOT_STORED):
             self._store.record_event(event)
             self.flush()
 
     def enter(self, state: State, reason: str = "") -> None:
         """Says and stores that the run is now in `state`."""
+        self.state = state
         if self._store is not None and self._store.attempt:
             self._store.set_state(state, reason)
         self.say(StateChanged(state=state, reason=reason))
 
     def end(self, event: RunEnded) -> None:
-        """Says and stores how the attempt ended."""
-        if self._store is not None and self._store.attempt:
-            self._store.set_state(event.state, event.reason)
-        self.say(event)
+        """Stores how the attempt ended and closes: nothing can be said any more. The event itself is not published."""
+        if self._store is not None:
+            if self._store.attempt:
+                self._store.set_state(event.state, event.reason)
+            self._store.record_event(event)
+            if problem := self._store.close():
+                self._warn(f"run.sqlite could not be written ({problem}): what waited for it in memory is lost")
+        self._write_log(event)
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # a full disk
+                self._log.close()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stores the values of a step."""
@@ -80,20 +95,20 @@ class Journal:
             return
         self._store_problem = problem
         if problem:
-            text = f"run.sqlite could not be written ({problem}); what is measured is kept in memory until it can"
-            self._publish(Alarm(level="critical", text=text))
-            self._write_log(text)
+            self._warn(f"run.sqlite could not be written ({problem}); what is measured is kept in memory until it can")
+        else:
+            self.say(Notice(text="run.sqlite could be written again; nothing was lost"))
 
-    def close(self) -> None:
+    def _warn(self, text: str) -> None:
+        """Says that the store cannot be written, without waiting for it."""
+        alarm = Alarm(level="critical", text=text)
         if self._store is not None:
-            self._store.close()
-        if self._log is not None:
-            self._log.close()
+            self._store.record_event(alarm)
+        self._publish(alarm)
+        self._write_log(alarm)
 
-    def _write_log(self, line: str) -> None:
+    def _write_log(self, event: Event) -> None:
         if self._log is None:
             return
-        try:
-            self._log.write(line + "\n")
-        except OSError:  # a full disk; the store says so
-            return
+        with contextlib.suppress(OSError):  # a full disk; the store says so
+            self._log.writelines(line + "\n" for line in self._lines.lines(event))

@@ -33,6 +33,8 @@ from engine.events import Event, State, to_json
 
 RUN_FORMAT = 1
 SCHEMA_VERSION = 1
+_PATIENCE_MILLISECONDS = 200  # training waits meanwhile, and rows can wait in memory
+_LAST_PATIENCE_MILLISECONDS = 5000
 _SCHEMA = f"""
 CREATE TABLE attempt (
     id INTEGER PRIMARY KEY, parent INTEGER REFERENCES attempt, from_step INTEGER NOT NULL, total_steps INTEGER NOT NULL,
@@ -194,11 +196,6 @@ class RunDirectory:
             query = "SELECT id, parent, from_step, total_steps, state, reason FROM attempt ORDER BY id"
             return [Attempt(*row) for row in database.execute(query)]
 
-    def line(self) -> list[tuple[int, int]]:
-        """The attempts of the current line, newest first, each with the last step that counts."""
-        with self.reader() as database:
-            return [] if database is None else database.execute("SELECT attempt, until_step FROM line").fetchall()
-
     def summary(self) -> RunSummary:
         """Where the run stands. Raises `UserError` where the folder is not a run."""
         identity = self.identity()
@@ -240,39 +237,46 @@ class RunDirectory:
         if not self.database_path.exists():
             yield None
             return
-        database = sqlite3.connect(f"file:{_uri_path(self.database_path)}?mode=ro", uri=True, timeout=10)
         try:
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise UserError(f"{self.database_path} has schema {version}; this release reads up to {SCHEMA_VERSION}")
-            yield database if version else None
-        except sqlite3.DatabaseError as error:
+            place = f"file:{_uri_path(self.database_path)}?mode=ro"
+            with contextlib.closing(sqlite3.connect(place, uri=True, timeout=10)) as database:
+                yield database if _schema_version(database, self.database_path) else None
+        except sqlite3.Error as error:
             raise UserError(f"{self.database_path} cannot be read: {error}") from None
-        finally:
-            database.close()
 
 
 class StoreWriter:
     """The only writer of run.sqlite, owned by one thread.
 
     Rows wait in memory until SQLite has taken them, so that a full disk costs nothing but memory until there is room
-    again: `flush` says what went wrong and is simply called again later.
+    again: `flush` says what went wrong and is simply called again later. Raises `UserError` for a file that is damaged
+    or from a newer release.
     """
 
     def __init__(self, run: RunDirectory) -> None:
-        self._database = sqlite3.connect(run.database_path, timeout=30, isolation_level=None)
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        if self._database.execute("PRAGMA user_version").fetchone()[0] == 0:
-            self._database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-        self._metrics: dict[str, int] = dict(self._database.execute("SELECT name, id FROM metric").fetchall())
         self._pending: list[tuple[str, tuple[Any, ...]]] = []
-        self.attempt = 0
+        self.attempt = self._parent = self._from_step = 0
+        try:
+            self._database = sqlite3.connect(run.database_path, timeout=10, isolation_level=None)
+            if _schema_version(self._database, run.database_path) == 0:
+                self._database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute(f"PRAGMA busy_timeout = {_PATIENCE_MILLISECONDS}")
+            self._metrics: dict[str, int] = dict(self._database.execute("SELECT name, id FROM metric").fetchall())
+        except sqlite3.Error as error:
+            raise UserError(f"{run.database_path} cannot be used: {error}") from None
 
-    def begin_attempt(self, from_step: int, total_steps: int) -> int:
-        """Starts an attempt that goes on from `from_step` of the current line; returns its id (1 for the first)."""
+    def begin_attempt(self, from_step: int, total_steps: int, newest_known: int = 0) -> int:
+        """Starts an attempt that goes on from `from_step` of the current line; returns its id (1 for the first).
+
+        It is newer than all stored attempts and than `newest_known`, whose row may have been lost.
+        """
         parent = self._database.execute("SELECT max(id) FROM attempt").fetchone()[0]
-        self.attempt = (parent or 0) + 1
+        self.attempt = max(parent or 0, newest_known) + 1
+        took = "SELECT attempt FROM line WHERE from_step < ? AND until_step >= ?"
+        row = self._database.execute(took, (from_step, from_step)).fetchone()
+        self._from_step, self._parent = from_step, row[0] if row else self.attempt
         self._add(
             "INSERT INTO attempt (id, parent, from_step, total_steps, started, state) VALUES (?, ?, ?, ?, ?, ?)",
             (self.attempt, parent, from_step, total_steps, time.time(), str(State.LOADING)),
@@ -288,12 +292,13 @@ class StoreWriter:
         )
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds values of `step`; a NaN is kept as such."""
+        """Adds values of `step` to the attempt that took it; a NaN is kept as such."""
+        attempt = self.attempt if step > self._from_step else self._parent
         for name, value in metrics.items():
             if name not in self._metrics:
                 self._metrics[name] = len(self._metrics) + 1
                 self._add("INSERT INTO metric (id, name) VALUES (?, ?)", (self._metrics[name], name))
-            row = (self.attempt, step, self._metrics[name], float(value), int(math.isnan(value)))
+            row = (attempt, step, self._metrics[name], float(value), int(math.isnan(value)))
             self._add("INSERT OR REPLACE INTO value (attempt, step, metric, value, is_nan) VALUES (?, ?, ?, ?, ?)", row)
 
     def record_event(self, event: Event) -> None:
@@ -311,17 +316,19 @@ class StoreWriter:
             for statement, row in self._pending:
                 self._database.execute(statement, row)
             self._database.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            with contextlib.suppress(sqlite3.OperationalError):
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
                 self._database.execute("ROLLBACK")
             return str(error)
         self._pending.clear()
         return None
 
     def close(self) -> str | None:
-        problem = self.flush()
-        self._database.close()
-        return problem
+        """Writes what is waiting, now with patience. Returns None, or why all of that is lost."""
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._database):
+            self._database.execute(f"PRAGMA busy_timeout = {_LAST_PATIENCE_MILLISECONDS}")
+            return self.flush()
+        return "it cannot be closed"
 
     def _add(self, statement: str, row: tuple[Any, ...]) -> None:
         self._pending.append((statement, row))
@@ -331,7 +338,10 @@ class RunLock:
     """The right to train in a run directory: an flock, so it ends with the process that holds it."""
 
     def __init__(self, run: RunDirectory) -> None:
-        self._file: IO[bytes] = run.lock_path.open("ab")
+        try:
+            self._file: IO[bytes] = run.lock_path.open("ab")
+        except OSError as error:
+            raise UserError(f"{run.lock_path} cannot be written: {error.strerror or error}") from None
         deadline = time.monotonic() + 1.0
         while True:
             try:
@@ -397,7 +407,7 @@ def list_runs(folder: Path) -> list[RunSummary]:
     """All readable runs of a folder, the most recently written first."""
     summaries = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(UserError, KeyError, TypeError, OSError):
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError, OSError):
             summaries.append(RunDirectory(path).summary())
     return sorted(summaries, key=lambda summary: summary.updated, reverse=True)
 
@@ -409,8 +419,24 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     neighbour.replace(path)
+
+
+def sync(descriptor: int) -> None:
+    """Waits until a file or folder is on the medium. On macOS a plain fsync ends at the drive's cache."""
+    if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
+def _schema_version(database: sqlite3.Connection, path: Path) -> int:
+    version: int = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise UserError(f"{path} has schema {version}; this release reads up to {SCHEMA_VERSION}")
+    return version
 
 
 def _number(value: float | None, is_nan: int) -> float:

@@ -48,6 +48,8 @@ class Update:
         self._task, self._ranks, self._clip_norm, self._dtype = task, ranks, train.clip_norm, dtype
         self._sums: tuple[mx.array, Any] | None = None
         self._tokens = 0
+        self.intact = True
+        """False once moving the weights has failed half-way."""
         self._loss: Callable[..., mx.array] = self._sum_of_losses
         self._gradients: Callable[..., tuple[mx.array, Any]] = mx.value_and_grad(self._sum_of_losses)
         self._apply: Callable[..., tuple[Any, Any]] = self._scale_and_apply
@@ -57,9 +59,11 @@ class Update:
 
     def accumulate(self, batch: Batch) -> None:
         """Adds one micro-batch's loss and gradients, and evaluates the sums."""
+        previous, self._sums = self._sums, None  # held by nothing else, so that the new sums can take its memory
         sums = self._gradients(self.parameters, *batch.arrays)
-        if self._sums is not None:
-            sums = tree_map(mx.add, self._sums, sums)
+        if previous is not None:
+            sums = tree_map(mx.add, previous, sums)
+            del previous
         mx.eval(sums)
         self._sums = sums
         self._tokens += batch.tokens
@@ -92,11 +96,13 @@ class Update:
         scale = 1.0 / gradient.tokens
         if self._clip_norm and gradient.norm > self._clip_norm:
             scale *= self._clip_norm / gradient.norm
+        self.intact = False
         self.optimizer.learning_rate = learning_rate
         self.parameters, self.optimizer.state = self._apply(
             self.parameters, self.optimizer.state, gradient.sums, mx.array(scale)
         )
         mx.eval(self.parameters, self.optimizer.state)
+        self.intact = True
 
     def loss(self, batch: Batch) -> float:
         """The summed loss of a batch in nats, without gradients."""
