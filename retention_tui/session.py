@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.commands import Command, Stop
-from engine.errors import ExitCode
+from engine.errors import ExitCode, UserError
 from engine.events import Event, RunEnded
 from engine.profile import Profile, find_profile, load_profile, validate_profile
 from engine.store import RunDirectory, RunLock, create_run, find_run
 from engine.worker import Engine
+
+_LAST_BREATH_SECONDS = 2.0
+"""A run that has said its end has still to leave its thread."""
 
 
 class LocalClient:
@@ -52,20 +57,21 @@ class Session:
         self._lock: RunLock | None = None
         self._signal: int | None = None
         self._new = False
+        self._starting, self._owning = threading.Lock(), threading.Lock()
 
     def start(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> LocalClient:
         """Starts a new run of a profile. Raises `UserError` in one line."""
         resolved = load_profile(profile, overrides)
-        self._settle()
-        run = create_run(self.runs_folder, find_profile(profile).stem, _identity(resolved), name)
-        return self._launch(run, resolved, None)
+        with self._starting_alone():
+            run = create_run(self.runs_folder, find_profile(profile).stem, _identity(resolved), name)
+            return self._launch(run, resolved, None)
 
     def resume(self, run: str, which: str = "latest") -> LocalClient:
         """Goes on with a run from its latest checkpoint or another step. Raises `UserError` in one line."""
         found = find_run(self.runs_folder, run)
         resolved = validate_profile(found.identity()["profile"], where=str(found.identity_path))
-        self._settle()
-        return self._launch(found, resolved, which)
+        with self._starting_alone():
+            return self._launch(found, resolved, which)
 
     def assist(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> None:
         """Trains as a rank that only computes: no run directory, no lock, nothing said."""
@@ -106,13 +112,28 @@ class Session:
         code = self._settle()
         return 128 + self._signal if self._signal and code == ExitCode.OK else code
 
+    @contextlib.contextmanager
+    def _starting_alone(self) -> Iterator[None]:
+        """For one thread at a time, and only where no run is being trained: what ran before has been settled."""
+        if not self._starting.acquire(blocking=False):
+            raise UserError("a run is being started already")
+        try:
+            engine = self._engine
+            if engine is not None and engine.join(_LAST_BREATH_SECONDS) is None:
+                raise UserError(f"run {engine.run.name} is being trained here already; stop that one first")
+            self._settle()
+            yield
+        finally:
+            self._starting.release()
+
     def _launch(self, run: RunDirectory, profile: Profile, resume_from: str | None) -> LocalClient:
-        self._lock = RunLock(run)
-        self._new = resume_from is None
-        self._engine = Engine(run, profile, resume_from)
-        self.client = LocalClient(self._engine)
-        self.on_launch(run)
-        self._engine.start()
+        with self._owning:
+            self._lock = RunLock(run)
+            self._new = resume_from is None
+            self._engine = Engine(run, profile, resume_from)
+            self.client = LocalClient(self._engine)
+            self.on_launch(run)
+            self._engine.start()
         if self._signal:  # it came while this run was being prepared
             self._engine.send(Stop(reason=f"stopped by {signal.Signals(self._signal).name}"))
         return self.client
@@ -123,18 +144,33 @@ class Session:
 
     def _settle(self) -> int:
         """Joins what ran before and gives its lock back."""
-        if self._engine is None:
+        with self._owning:
+            engine = self._engine
+        if engine is None:
             return ExitCode.OK
-        ended = self.ended = self._engine.join()
+        ended = engine.join()
         assert ended is not None
-        run = self._engine.run
-        self._engine = None
-        if self._lock is not None:
-            if self._new and ended.exit_code == ExitCode.BAD_INPUT and not run.attempts():
-                shutil.rmtree(run.path)  # it never began: the next try may have its name
-            self._lock.release()
-            self._lock = None
+        with self._owning:
+            if self._engine is engine:  # else another thread was faster
+                self.ended, self._engine = ended, None
+                self._give_back(engine.run, ended)
         return ended.exit_code
+
+    def _give_back(self, run: RunDirectory, ended: RunEnded) -> None:
+        if self._lock is None:
+            return
+        if self._new and ended.exit_code == ExitCode.BAD_INPUT and not _has_begun(run):
+            shutil.rmtree(run.path, ignore_errors=True)  # the next try may have its name
+        self._lock.release()
+        self._lock = None
+
+
+def _has_begun(run: RunDirectory) -> bool:
+    """Whether there may be something of a run that is worth keeping."""
+    try:
+        return run.checkpoints_path.exists() or bool(run.attempts())
+    except UserError:
+        return True
 
 
 def _identity(profile: Profile) -> dict[str, object]:
