@@ -1,24 +1,65 @@
-"""Two processes train one run: equal weights, and those of one process at the same effective batch."""
+"""Two processes train one run: equal weights, those of one process at the same effective batch, and a common end."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from engine.store import RunDirectory
+
 LAUNCH = [str(Path(sys.executable).parent / "mlx.launch"), "--backend", "ring", "-n"]
+COMMAND = [sys.executable, "-m", "retention_tui"]
+PATIENCE_SECONDS = 60
+
+
+def ports(count: int) -> list[int]:
+    """Free ports, so that tests may run beside each other."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    free = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    return free
+
+
+def finish(process: subprocess.Popen[str], seconds: float = PATIENCE_SECONDS) -> tuple[str, str]:
+    """What a process that leads its session printed; nothing of the session survives, in whatever way it ends."""
+    try:
+        return process.communicate(timeout=seconds)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def launch(ranks: int, *command: str) -> subprocess.Popen[str]:
+    if ranks > 1:
+        command = (*LAUNCH, str(ranks), "--starting-port", str(min(ports(2))), "--", *command)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def train(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launch = [*LAUNCH, str(ranks), "--"] if ranks > 1 else []
-    command = [*launch, sys.executable, "-m", "retention_tui", *arguments, "--headless"]
-    return subprocess.run(
-        [*command, "--runs-dir", str(folder / "runs")], capture_output=True, text=True, check=False, timeout=100
-    )
+    process = launch(ranks, *COMMAND, *arguments, "--headless", "--runs-dir", str(folder / "runs"))
+    output, errors = finish(process)
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
 def weights(folder: Path, run: str) -> dict[str, np.ndarray]:
@@ -26,12 +67,16 @@ def weights(folder: Path, run: str) -> dict[str, np.ndarray]:
     return load_file(newest / "model.safetensors")
 
 
+def settings(*pairs: str) -> list[str]:
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
 @pytest.fixture
 def start(tiny: Path) -> list[str]:
     # Adam divides every entry by its own size, so rounding alone moves entries whose gradient is nothing but rounding;
     # an epsilon cannot be set, so the learning rate is kept small enough for 1e-5 to mean something: see the assertion.
-    settings = ("train.steps=8", "train.learning_rate=1e-3", "train.batch_size=8", "train.micro_batch_size=2")
-    return ["run", str(tiny), *(part for setting in settings for part in ("--set", setting))]
+    small = ("train.steps=8", "train.learning_rate=1e-3", "train.batch_size=8", "train.micro_batch_size=2")
+    return ["run", str(tiny), *settings(*small)]
 
 
 def test_two_ranks_train_as_one(start: list[str], tmp_path: Path) -> None:
@@ -39,11 +84,21 @@ def test_two_ranks_train_as_one(start: list[str], tmp_path: Path) -> None:
         done = train(tmp_path, ranks, *start, "--name", f"of-{ranks}")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("finished at step 8") == 1, "rank 0 alone speaks"
+        assert RunDirectory(tmp_path / f"runs/of-{ranks}").identity()["environment"]["ranks"] == ranks
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["of-1", "of-2"], "rank 0 alone writes"
     one, two = weights(tmp_path, "of-1"), weights(tmp_path, "of-2")
     for name, array in one.items():
         moved = np.abs(array).max()
         assert np.abs(array - two[name]).max() <= 1e-5 * max(moved, 1), name
+
+
+def test_all_ranks_end_with_the_same_weights(tiny: Path, tmp_path: Path) -> None:
+    script = str(Path(__file__).parent / "ranks_apart.py")
+    process = launch(2, sys.executable, script, str(tiny), "5", str(tmp_path))
+    _, errors = finish(process)
+    zero, one = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert len(zero) > 20 and zero.keys() == one.keys(), errors
+    assert all(np.array_equal(array, one[name]) for name, array in zero.items())
 
 
 def test_two_ranks_resume(start: list[str], tmp_path: Path) -> None:
@@ -56,11 +111,136 @@ def test_two_ranks_resume(start: list[str], tmp_path: Path) -> None:
     assert "continues at step" in done.stdout
     whole, part = weights(tmp_path, "whole"), weights(tmp_path, "part")
     assert all(np.array_equal(array, part[name]) for name, array in whole.items())
+    assert "ranks was 2, is 1" in train(tmp_path, 1, "resume", "part").stdout
 
 
-def test_bad_input_ends_all_ranks(start: list[str], tmp_path: Path) -> None:
-    done = train(tmp_path, 2, *start, "--set", "data.files=nowhere.txt", "--name", "bad")
-    assert "nowhere.txt" in done.stderr + done.stdout
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [("data.files=nowhere.txt", "nowhere.txt"), ("train.batch_size=7", "cannot be shared by 2 ranks")],
+)
+def test_bad_input_ends_all_ranks(start: list[str], tmp_path: Path, setting: str, reason: str) -> None:
+    done = train(tmp_path, 2, *start, "--set", setting, "--name", "bad")
+    assert reason in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    done = train(tmp_path, 2, *start, "--set", "train.batch_size=7", "--name", "odd")
-    assert "cannot be shared by 2 ranks" in done.stderr + done.stdout
+
+
+def test_what_fails_on_rank_0_alone_ends_all(start: list[str], tmp_path: Path) -> None:
+    (tmp_path / "runs/taken").mkdir(parents=True)
+    began = time.monotonic()
+    done = train(tmp_path, 2, *start, "--name", "taken")
+    assert time.monotonic() - began < 12, "the other rank would look for it for 15 s or more"
+    assert "run taken exists already" in done.stderr
+
+
+class Pair:
+    """Two ranks without a launcher: nobody ends one because the other has ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._hosts = folder / "hosts.json"
+        self._hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(2)]))
+        self.ranks: list[subprocess.Popen[str]] = []
+        self.run = RunDirectory(folder / "runs/pair")
+
+    def start(self, *arguments: str, rank: int | None = None) -> None:
+        """Starts the next rank of the run `pair`."""
+        rank = len(self.ranks) if rank is None else rank
+        variables = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(self._hosts)}
+        command = [*COMMAND, *arguments, "--headless", "--name", "pair", "--runs-dir", str(self.folder / "runs")]
+        self.ranks.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, **variables},
+            )
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (self.run.last("loss") or (0,))[0] < step:
+            assert time.monotonic() < deadline, f"still not at step {step}"
+            time.sleep(0.05)
+
+    def checkpoint_of_the_end(self) -> bool:
+        last = self.run.last("loss")
+        return last is not None and (self.run.checkpoints_path / f"step-{last[0]:07}" / "state.json").is_file()
+
+    def end(self) -> list[tuple[int, str]]:
+        """Each rank's exit code and what it wrote to standard error."""
+        errors = [finish(rank, 30)[1] for rank in self.ranks]
+        return [(rank.returncode, said) for rank, said in zip(self.ranks, errors, strict=True)]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(tmp_path)
+    yield pair
+    for rank in pair.ranks:
+        with suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+        rank.communicate()
+
+
+FOR_EVER = settings("train.steps=100000", "validate.every=0", "checkpoint.every=0")
+
+
+def test_a_killed_rank_ends_the_other_with_a_checkpoint(pair: Pair, start: list[str]) -> None:
+    for _ in range(2):
+        pair.start(*start, *FOR_EVER)
+    pair.wait_for_step(3)
+    pair.ranks[1].kill()
+    (code, errors), _ = pair.end()
+    assert code == 2
+    assert "another rank is gone" in errors and "Traceback" not in errors
+    assert pair.checkpoint_of_the_end()
+    assert pair.run.summary().state == "failed"
+
+
+def test_sigterm_to_any_rank_stops_all_with_a_checkpoint(pair: Pair, start: list[str]) -> None:
+    for _ in range(2):
+        pair.start(*start, *FOR_EVER)
+    pair.wait_for_step(3)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        pair.ranks[1].send_signal(number)
+    (code, errors), (other, others) = pair.end()
+    assert (code, other) == (0, 128 + signal.SIGTERM), errors + others
+    assert pair.checkpoint_of_the_end()
+    assert pair.run.attempts()[-1].reason == "another rank was asked to stop"
+
+
+def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(pair: Pair, start: list[str]) -> None:
+    for _ in range(2):
+        pair.start(*start, *FOR_EVER)
+    pair.wait_for_step(3)
+    pair.ranks[1].send_signal(signal.SIGSTOP)
+    pair.ranks[0].send_signal(signal.SIGTERM)
+    _, errors = finish(pair.ranks[0], 30)
+    assert pair.ranks[0].returncode == 128 + signal.SIGTERM
+    assert "another rank does not answer" in errors
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_another_to_come_can_be_ended(pair: Pair, start: list[str], rank: int) -> None:
+    pair.start(*start, *FOR_EVER, rank=rank)
+    time.sleep(2.5)
+    assert pair.ranks[0].poll() is None
+    pair.ranks[0].send_signal(signal.SIGTERM)
+    assert pair.ranks[0].wait(5) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("difference", "reason"),
+    [("train.steps=9", "the same number of steps"), ("data.heldout_fraction=0.3", "the same data")],
+)
+def test_ranks_that_differ_are_refused(pair: Pair, start: list[str], difference: str, reason: str) -> None:
+    pair.start(*start)
+    pair.start(*start, "--set", difference)
+    ends = pair.end()
+    assert [code for code, _ in ends] == [2, 2], ends
+    for _, errors in ends:
+        (line,) = [line for line in errors.splitlines() if "retention-tui" in line]
+        assert reason in line
+    assert "rank 1" in ends[1][1]
