@@ -1,0 +1,98 @@
+"""The run directory: names, the lock, damaged and foreign files, and a store that cannot be written."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.store import SCHEMA_VERSION, RunDirectory, RunLock, StoreWriter, create_run, list_runs
+
+IDENTITY = {"profile": {"kind": "retention-lm"}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return create_run(tmp_path, "tiny", IDENTITY)
+
+
+def test_a_name_that_is_taken_is_refused_and_one_that_is_not_given_is_found(run: RunDirectory, tmp_path: Path) -> None:
+    assert [create_run(tmp_path, "tiny", IDENTITY).name for _ in range(2)] == ["tiny-2", "tiny-3"]
+    with pytest.raises(UserError, match=r"run tiny-2 exists already .*; choose another --name, or .* resume tiny-2"):
+        create_run(tmp_path, "other", IDENTITY, "tiny-2")
+    for name in ("../out", ".hidden", "", " x", "a\nb"):
+        with pytest.raises(UserError, match="cannot be used"):
+            create_run(tmp_path, "tiny", IDENTITY, name)
+
+
+def test_one_lock_at_a_time(run: RunDirectory) -> None:
+    lock = RunLock(run)
+    assert run.is_live()
+    with pytest.raises(UserError, match="run tiny is being trained by another process; stop that one first"):
+        RunLock(run)
+    lock.release()
+    assert not run.is_live()
+    RunLock(run).release()
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(run: RunDirectory) -> None:
+    run.lock_path.mkdir()
+    with pytest.raises(UserError, match="lock cannot be written: Is a directory"):
+        RunLock(run)
+
+
+def test_unreadable_runs_do_not_hide_the_others(run: RunDirectory, tmp_path: Path) -> None:
+    broken = {name: create_run(tmp_path, name, IDENTITY) for name in ("garbage", "folder", "foreign", "newer")}
+    broken["garbage"].database_path.write_bytes(b"no database " * 100)
+    broken["folder"].database_path.mkdir()
+    for name in ("foreign", "newer"):
+        store = StoreWriter(broken[name])
+        store.begin_attempt(0, 10)
+        store.close()
+    with sqlite3.connect(broken["foreign"].database_path) as database:
+        database.execute("UPDATE attempt SET state = 'hibernating'")
+    with sqlite3.connect(broken["newer"].database_path) as database:
+        database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "file").write_text("")
+    assert [summary.name for summary in list_runs(tmp_path)] == ["tiny"]
+    for name in ("garbage", "folder", "newer"):
+        with pytest.raises(UserError, match=r"run\.sqlite"):
+            broken[name].attempts()
+        with pytest.raises(UserError, match=r"run\.sqlite"):
+            StoreWriter(broken[name])
+
+
+def test_a_store_that_another_process_holds_costs_no_time_and_no_row(run: RunDirectory) -> None:
+    store = StoreWriter(run)
+    store.begin_attempt(0, 10)
+    assert store.flush() is None
+    other = sqlite3.connect(run.database_path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    store.record(1, {"loss": 2.0})
+    began = time.monotonic()
+    assert store.flush() == "database is locked"
+    assert time.monotonic() - began < 1
+    other.execute("ROLLBACK")
+    other.close()
+    store.record(2, {"loss": 1.0})
+    assert store.close() is None
+    assert run.curve("loss")[1].tolist() == [2.0, 1.0]
+
+
+def test_a_value_of_the_step_that_an_attempt_goes_on_from_is_on_the_curve(run: RunDirectory) -> None:
+    """It belongs to the attempt that took the step, also where that is not the one just before."""
+    store = StoreWriter(run)
+    for from_step, until in [(0, 6), (4, 8), (3, 3)]:
+        store.begin_attempt(from_step, 10)
+        for step in range(from_step + 1, until + 1):
+            store.record(step, {"loss": float(step)})
+        assert store.flush() is None
+    store.record(3, {"val_loss": 0.5})
+    store.record(4, {"loss": 40.0})
+    store.close()
+    assert run.curve("val_loss")[0].tolist() == [3]
+    assert run.curve("loss")[1].tolist() == [1.0, 2.0, 3.0, 40.0]
