@@ -60,10 +60,6 @@ class RetentionApp(App[str]):
     def get_default_screen(self) -> Screen[None]:
         return RunScreen(self._client) if self._client else Launcher(self._session)
 
-    def screen_lost(self) -> None:
-        """The terminal is gone: the app ends, training goes on. On the app's own thread, at any moment."""
-        self.exit("detach")
-
     async def action_quit(self) -> None:
         """Asks as the key q does, on whatever screen; a question that is open already stays."""
         if isinstance(self.screen, RunScreen | Launcher):

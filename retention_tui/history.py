@@ -126,11 +126,6 @@ class Series:
         """Step of the oldest value; inf if there is none."""
         return float(self._first[0]) if self._size else math.inf
 
-    @property
-    def smooth(self) -> float:
-        """The smoothed course at the newest value."""
-        return self._smoother.value
-
     def least(self) -> tuple[float, float] | None:
         """Step and value of the least value (of its bucket's end, once buckets hold several); None without values."""
         known = np.flatnonzero(self._count[: self._size])

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from engine.events import (
     Alarm,
@@ -36,6 +37,9 @@ CHARTED = (
     "val_loss",
 )
 LOG_ENTRIES = 1000
+PAST_ENTRIES = 200
+"""Lines of earlier attempts that the log begins with, at most: each takes the screen a moment to write."""
+_STORED: tuple[type[Event], ...] = (RunOpened, StateChanged, Validated, CheckpointSaved, Alarm, Notice, RunEnded)
 _USUAL = (State.LOADING, State.TRAINING, State.VALIDATING)  # they come and go all the time; the header shows them
 
 
@@ -87,6 +91,8 @@ class Progress:
         """Entries ever made, also those that the log has let go."""
         self.unread: list[Entry] = []
         """Alarms that nobody has read yet, oldest first."""
+        self.began = math.inf
+        """The time of the first event of this attempt, in seconds since the epoch."""
         self._waiting: list[tuple[int, Mapping[str, float]]] | None = []
         self._quick, self._slow = Smoother(0.9), Smoother(0.98)
 
@@ -127,6 +133,11 @@ class Progress:
         if self.best_step is None and (best := history["val_loss"].least()) is not None:
             self.best_step, self.best_val_loss = int(best[0]), best[1]
 
+    def adopt_entries(self, entries: list[Entry]) -> None:
+        """Puts what the log said in earlier attempts before what it has said since."""
+        self.entries = deque([*entries, *self.entries], maxlen=LOG_ENTRIES)
+        self.entries_seen += len(entries)
+
     def expect_stop(self) -> None:
         """The run was asked to stop and will say so when it comes to it."""
         if not self.state.final:
@@ -138,6 +149,7 @@ class Progress:
 
     def apply(self, event: Event) -> None:
         """Takes the next event. Events about answers are the chat's and change nothing here."""
+        self.began = min(self.began, event.time)
         match event:
             case RunOpened():
                 self.opened = event
@@ -199,7 +211,7 @@ class Progress:
                 self.series[name].add(step, value)
 
     def _note(self, moment: float, weight: Weight, text: str) -> Entry:
-        entry = Entry(moment, weight, " ".join(text.split()))
+        entry = Entry(moment, weight, wording.printable(" ".join(text.split())))
         self.entries.append(entry)
         self.entries_seen += 1
         return entry
@@ -218,6 +230,28 @@ def load_history(run: RunDirectory, until_step: float = math.inf) -> dict[str, S
         known = steps <= until_step
         history[name] = Series.of(steps[known], values[known])
     return history
+
+
+def load_entries(run: RunDirectory, before: float) -> list[Entry]:
+    """What the log said before a moment, in seconds since the epoch, oldest first. Reads the disk, as above."""
+    past = Progress()
+    for stored in run.events():
+        if stored["time"] < before and (event := _event(stored)) is not None:
+            past.apply(event)
+    return list(past.entries)[-PAST_ENTRIES:]
+
+
+def _event(stored: dict[str, Any]) -> Event | None:
+    """An event as it was before it became JSON; None for kinds that are no line of the log."""
+    kind = next((kind for kind in _STORED if kind.kind == stored["event"]), None)
+    if kind is None:
+        return None
+    fields = {name: value for name, value in stored.items() if name != "event"}
+    if "state" in fields:
+        fields["state"] = State(fields["state"])
+    if "metrics" in fields:
+        fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}  # "nan" is a string there
+    return kind(**fields)
 
 
 def _round_up(value: float, limit: float) -> float:

@@ -8,6 +8,21 @@ import time
 MISSING = "–"
 
 
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\u2421",
+    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
+}
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters become symbols; lines and tabs stay.
+
+    A model may say anything, also what would clear the screen. ESC becomes `␛` and so on; C1 has no symbols: `\ufffd`.
+    """
+    return text.translate(_VISIBLE)
+
+
 def number(value: float | None, decimals: int = 3) -> str:
     """A plain number: `2.684`; large ones lose decimals before they grow wider."""
     if value is None:

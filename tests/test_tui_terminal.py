@@ -333,8 +333,10 @@ class TestLoss:
         assert window.process.wait(30) == 0
         assert runs.run.summary().state == "finished"
 
-    def test_a_lost_run_can_still_be_stopped(self, runs: Runs) -> None:
+    def test_a_run_lost_while_a_question_is_open_can_still_be_stopped(self, runs: Runs) -> None:
         window = runs.window()
+        window.type(b"q")
+        wait_for(lambda: window.shows(b"Stop and quit"), "question")
         window.close()
         lost_at = runs.step()
         runs.wait_for_step(lost_at + 20)

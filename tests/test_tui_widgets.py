@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 
 import numpy as np
 import pytest
@@ -10,12 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from textual.app import App, ComposeResult
 from textual.strip import Strip
+from textual.widgets import Static
 
-from engine.events import Alarm, RunEnded, RunOpened, State, StateChanged, StepCompleted
+from engine.commands import Command, Generate
+from engine.events import (
+    Alarm,
+    AnswerEnded,
+    AnswerStarted,
+    AnswerText,
+    RunEnded,
+    RunOpened,
+    State,
+    StateChanged,
+    StepCompleted,
+)
 from retention_tui import wording
 from retention_tui.history import Series, Smoother
 from retention_tui.progress import Progress, empty_history
 from retention_tui.widgets.chart import Chart, ChartSpec, Trace
+from retention_tui.widgets.chat import Chat
 from retention_tui.widgets.monitor import CHARTS
 from retention_tui.widgets.scale import fit
 
@@ -105,17 +119,19 @@ COURSES = {
 
 
 @pytest.mark.parametrize("values", COURSES.values(), ids=COURSES)
-@pytest.mark.parametrize("spec", CHARTS.values(), ids=CHARTS)
-async def test_charts_draw_whatever_a_run_may_measure(spec: ChartSpec, values: list[float]) -> None:
-    app = OneChart(spec)
+async def test_charts_draw_whatever_a_run_may_measure(values: list[float]) -> None:
+    app = OneChart(CHARTS["loss"])
     async with app.run_test(size=(60, 14)) as pilot:
-        for size in ((60, 14), (9, 3), (1, 1), (200, 50)):
+        for size in ((9, 3), (1, 1), (200, 50), (60, 14)):
             await pilot.resize_terminal(*size)
-            app.chart.show({trace.metric: series_of(values) for trace in spec.traces}, (0.0, len(values) + 1.0))
-            lines = app.drawn()
-            assert all(len(line) == app.chart.size.width for line in lines)
-        usable = [value for value in values if math.isfinite(value) and (value > 0 or not spec.log)]
-        assert any("waiting for the first step" in line for line in lines) == (not usable)
+            for name, spec in CHARTS.items():
+                app.chart.spec = spec
+                app.chart.show({trace.metric: series_of(values) for trace in spec.traces}, (0.0, len(values) + 1.0))
+                lines = app.drawn()
+                assert all(len(line) == app.chart.size.width for line in lines), name
+                usable = [value for value in values if math.isfinite(value) and (value > 0 or not spec.log)]
+                if size == (60, 14):
+                    assert any("waiting for the first step" in line for line in lines) == (not usable), name
 
 
 async def test_a_chart_puts_values_where_its_axis_says() -> None:
@@ -177,6 +193,44 @@ def test_alarms_and_a_failed_end_wait_for_a_reader() -> None:
     progress.apply(RunEnded(state=State.FAILED, reason="diverged", exit_code=4, step=7))
     assert [entry.text for entry in progress.unread] == ["failed at step 7: diverged"]
     assert len(progress.entries) == 2
+
+
+@given(st.text())
+def test_nothing_that_a_terminal_obeys_is_printed(text: str) -> None:
+    shown = wording.printable(text)
+    assert len(shown) == len(text)
+    for before, after in zip(text, shown, strict=True):
+        controls = unicodedata.category(before) == "Cc" and before not in "\n\t"
+        assert unicodedata.category(after) != "Cc" or after in "\n\t"
+        assert (before != after) == controls
+
+
+class OneChat(App[None]):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Command] = []
+
+    def compose(self) -> ComposeResult:
+        yield Chat(self.sent.append)
+
+
+async def test_what_a_model_says_is_shown_and_not_obeyed() -> None:
+    app = OneChat()
+    async with app.run_test(size=(60, 20)) as pilot:
+        app.query_one(Chat).focus_input()
+        await pilot.press("h", "i", "enter")
+        [ask] = app.sent
+        assert isinstance(ask, Generate)
+        for event in (
+            AnswerStarted(answer=ask.answer, step=3),
+            AnswerText(answer=ask.answer, text="[red]a\x1b[2J\x9b2Jb\x07\nnext"),
+            AnswerEnded(answer=ask.answer, reason="length", tokens=2, seconds=1.0),
+        ):
+            app.query_one(Chat).take(event)
+        app.query_one(Chat).show_answers()
+        await pilot.pause()
+        said = [str(line.render()) for line in app.query(".said").results(Static)]
+    assert said == ["hi", "[red]a␛[2J\ufffd2Jb␇\nnext"]
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))

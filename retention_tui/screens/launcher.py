@@ -15,6 +15,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.content import Content
+from textual.events import Click
 from textual.screen import Screen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
@@ -37,6 +38,18 @@ KINDS = {"retention-lm": "language models"}
 """What the kinds of runs are called in the list; an unknown one is called what it is."""
 
 
+class Choices(OptionList):
+    """A click shows what it hits; only Enter and a double click choose it, as training is no small thing to start."""
+
+    async def on_click(self, event: Click) -> None:
+        event.prevent_default()
+        option = event.style.meta.get("option")
+        if option is not None and not self.get_option_at_index(option).disabled:
+            self.highlighted = option
+            if event.chain == 2:
+                self.action_select()
+
+
 class Launcher(Screen[None]):
     """Lists profiles and runs; Enter starts or resumes. What a user can mend is said in one line."""
 
@@ -53,14 +66,14 @@ class Launcher(Screen[None]):
         self._session = session
         self._profiles: dict[str, ProfileFile] = {}
         self._runs: dict[str, RunSummary] = {}
-        self._starting = self._quitting = False
+        self._busy = self._quitting = False
 
     def compose(self) -> ComposeResult:
         with Horizontal(id="head"):
             yield Static("retention-tui", id="name")
             yield Static(_machine(), id="machine")
         with Horizontal(id="body"):
-            yield OptionList(id="choices", markup=False)
+            yield Choices(id="choices", markup=False)
             yield Details()
         yield Static(id="said")
         yield KeyBar(cast(list[Binding], self.BINDINGS))
@@ -138,7 +151,9 @@ class Launcher(Screen[None]):
         self.action_choose()
 
     def action_choose(self) -> None:
-        """Starts the highlighted profile, or goes on with the highlighted run."""
+        """Starts the highlighted profile, or goes on with the highlighted run; asked twice, it does so once."""
+        if self._busy:
+            return
         highlighted = self.query_one("#choices", OptionList).highlighted_option
         name = highlighted.id if highlighted and highlighted.id else ""
         if profile := self._profiles.get(name):
@@ -151,12 +166,13 @@ class Launcher(Screen[None]):
             else:
                 self._start(f"resuming {run.name}…", lambda: self._session.resume(str(run.path)))
 
-    @work(exclusive=True, group="start", exit_on_error=False)
-    async def _start(self, said: str, start: Callable[[], LocalClient]) -> None:
-        if self._starting:
-            return
-        self._starting = True
+    def _start(self, said: str, start: Callable[[], LocalClient]) -> None:
+        self._busy = True
         self._say(said)
+        self._show_run(start)
+
+    @work
+    async def _show_run(self, start: Callable[[], LocalClient]) -> None:
         try:
             client = await asyncio.to_thread(start)
         except UserError as error:
@@ -168,32 +184,38 @@ class Launcher(Screen[None]):
                 self._say("")
                 self.app.push_screen(RunScreen(client, home=True), self._back)
         finally:
-            self._starting = False
-        if self._quitting:
-            self.app.exit()
+            self._end_work()
 
     def _back(self, _: None) -> None:
         """The run that was shown has ended: its lock goes back, and the lists are read again."""
+        self._busy = True
         self._settle()
 
-    @work(exclusive=True, group="start", exit_on_error=False)
+    @work
     async def _settle(self) -> None:
         await asyncio.to_thread(self._session.finish)
+        self._session.client = self._session.ended = None  # its end was seen; nothing of it is told again
         self.action_refresh()
+        self._end_work()
+
+    def _end_work(self) -> None:
+        self._busy = False
+        if self._quitting:
+            self.app.exit()
 
     def action_help(self) -> None:
         self.app.push_screen(Help(self.active_bindings.values()))
 
     def action_quit(self) -> None:
         """Leaves the app; a run that is just being started is stopped first."""
-        if self._starting:
+        if self._busy:
             self._quitting = True
             self._say("quitting…")
         else:
             self.app.exit()
 
     def _say(self, text: str, colour: str = FAINT) -> None:
-        self.query_one("#said", Static).update(Content.styled(" ".join(text.split()), colour))
+        self.query_one("#said", Static).update(Content.styled(wording.printable(" ".join(text.split())), colour))
 
     def _name_choice(self, name: str) -> None:
         self.query_one(KeyBar).show_state(renamed={"choose": name}, disabled=set())

@@ -13,7 +13,7 @@ from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
 from engine.events import AnswerEnded, AnswerText, Event, RunEnded, RunOpened, State, StepCompleted
 from retention_tui.client import Client
 from retention_tui.history import Series
-from retention_tui.progress import Progress, empty_history, load_history
+from retention_tui.progress import Entry, Progress, empty_history, load_entries, load_history
 from retention_tui.screens.help import Help
 from retention_tui.screens.quit import QuitQuestion, StopQuestion
 from retention_tui.widgets.chat import Chat
@@ -94,10 +94,10 @@ class RunScreen(Screen[None]):
 
     def _take(self, event: Event) -> None:
         match event:
-            case RunOpened(step=0):
+            case RunOpened(attempt=1):
                 self._progress.adopt_history(empty_history())
             case RunOpened():
-                self.run_worker(lambda: self._load_history(event.step), thread=True, exit_on_error=False)
+                self.run_worker(lambda: self._load_past(event.step), thread=True, exit_on_error=False)
             case RunEnded():
                 self.query_one(Chat).close()
                 self._draw_charts()
@@ -106,14 +106,21 @@ class RunScreen(Screen[None]):
             case _:
                 self.query_one(Chat).take(event)
 
-    def _load_history(self, until_step: int) -> None:
+    def _load_past(self, until_step: int) -> None:
         """In a thread: reads what earlier attempts have stored."""
+        history: dict[str, Series] = empty_history()
+        entries: list[Entry] = []
         try:
-            history: dict[str, Series] = load_history(self._client.run, until_step)
-        except Exception as error:  # a damaged file costs the past of the curves, not the screen
+            history = load_history(self._client.run, until_step)
+            entries = load_entries(self._client.run, self._progress.began)
+        except Exception as error:  # a damaged file costs the past, not the screen
             self.app.call_from_thread(self._progress.note, f"earlier steps cannot be shown: {error}")
-            history = empty_history()
-        self.app.call_from_thread(self._progress.adopt_history, history)
+        self.app.call_from_thread(self._show_past, history, entries)
+
+    def _show_past(self, history: dict[str, Series], entries: list[Entry]) -> None:
+        self._progress.adopt_history(history)
+        self._progress.adopt_entries(entries)
+        self.query_one(EventLog).rewrite()
 
     def _draw_charts(self) -> None:
         if self._shown_tab == "monitor":

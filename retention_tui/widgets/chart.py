@@ -23,7 +23,7 @@ from textual.widget import Widget
 
 from retention_tui.history import Columns, Floats, Series
 from retention_tui.widgets.plot import Curve, rasterize
-from retention_tui.widgets.scale import Label, Scale, fit, plain_label, step_label
+from retention_tui.widgets.scale import Scale, fit, plain_label, step_label
 
 SERIES_STYLES = ("chart--first", "chart--second", "chart--third", "chart--fourth")
 _EIGHTHS = np.array(list(" ▁▂▃▄▅▆▇█"))
@@ -54,7 +54,6 @@ class ChartSpec:
     log: bool = False
     from_zero: bool = False
     unit: float = 1.0
-    label: Label = plain_label
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +219,7 @@ class Chart(Widget):
         for value in ticks:
             row = height - 1 - min(height - 1, int(float(scale.place(np.array([value]))[0]) * height))
             if 0 <= row < taken - 1:
-                label = self.spec.label(value, distance or 1.0)[-_LABEL_WIDTH + 1 :]
+                label = plain_label(value, distance or 1.0)[-_LABEL_WIDTH + 1 :]
                 grid.write(row, left - 2 - len(label), label)
                 grid.write(row, left - 1, "┤")
                 taken = row

@@ -16,6 +16,7 @@ from textual.widgets import Input, Static
 from engine.commands import CancelGeneration, Command, Generate
 from engine.events import AnswerEnded, AnswerStarted, AnswerText, Event
 from retention_tui.widgets.header import FAINT
+from retention_tui.wording import printable
 
 ANSWERS_KEPT = 100
 CURSOR = "▌"
@@ -23,7 +24,7 @@ _REASONS = {"length": "full length", "end of text": ""}
 
 
 class Turn(Vertical):
-    """A prompt and its answer as it comes in; both are shown as they are, whatever they contain."""
+    """A prompt and its answer as it comes in; markup and control characters in them are shown, not obeyed."""
 
     def __init__(self, answer: str, prompt: str) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Turn(Vertical):
     def compose(self) -> ComposeResult:
         with Horizontal():
             yield Static("you", classes="who")
-            yield Static(Content(self.prompt), classes="said")
+            yield Static(Content(printable(self.prompt)), classes="said")
         with Horizontal():
             yield Static("model", classes="who")
             yield Static(Content.styled("waiting for the micro-batch to end…", FAINT), classes="said answer")
@@ -62,7 +63,7 @@ class Turn(Vertical):
         """Draws what has come since the last call: once for many tokens."""
         if self._changed and self.is_mounted:
             self._changed = False
-            self.query_one(".answer", Static).update(Content(self.text + ("" if self.ended else CURSOR)))
+            self.query_one(".answer", Static).update(Content(printable(self.text) + ("" if self.ended else CURSOR)))
             self.query_one(".about", Static).update(Content(self._about))
 
     def _describe(self, tokens: int, seconds: float, more: str) -> str:

@@ -36,9 +36,6 @@ class Details(Vertical):
     def on_mount(self) -> None:
         self.query_one(Chart).display = False
 
-    def show_nothing(self) -> None:
-        self._show("", Content(), None, None)
-
     def show_profile(self, name: str, description: str, profile: Profile | None) -> None:
         """Shows a profile; without `profile`, which may be on its way or wrong, only its description."""
         lines = [Content(description), Content()]
@@ -66,7 +63,7 @@ class Details(Vertical):
     def _show(
         self, title: str, facts: Content, series: Mapping[str, Series] | None, span: tuple[float, float] | None
     ) -> None:
-        self.border_title = Content.assemble((f" {title} ", "bold")) if title else None
+        self.border_title = Content.styled(f" {title} ", "bold")
         self.query_one("#facts", Static).update(facts)
         chart = self.query_one(Chart)
         chart.display = series is not None

@@ -35,14 +35,15 @@ class EventLog(RichLog):
     def on_resize(self, event: events.Resize) -> None:
         if event.size.width not in (0, self._width):
             self._width = event.size.width
-            self._rewrite()
+            self.rewrite()
 
     def notify_style_update(self) -> None:
         super().notify_style_update()
         if self._width:
-            self._rewrite()
+            self.rewrite()
 
-    def _rewrite(self) -> None:
+    def rewrite(self) -> None:
+        """Writes all entries again."""
         self.clear()
         self._written = 0
         self.show_progress()

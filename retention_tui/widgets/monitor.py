@@ -47,11 +47,6 @@ class Monitor(Container):
         for name, spec in CHARTS.items():
             yield Chart(spec, id=name, classes="large" if name == self._large else None)
 
-    @property
-    def large(self) -> str:
-        """The id of the large chart."""
-        return self._large
-
     def next_chart(self) -> None:
         """Makes the next chart the large one."""
         names = list(CHARTS)

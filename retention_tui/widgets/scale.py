@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from retention_tui.history import Floats
-
-Label = Callable[[float, float], str]
-"""Says a value; the second argument is the distance to the next label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ def fit(low: float, high: float, *, log: bool = False, from_zero: bool = False) 
 
 
 def plain_label(value: float, distance: float) -> str:
-    """As many decimals as tell one label from the next."""
+    """As many decimals as tell one label from the next, which is `distance` away."""
     if abs(value) >= 10_000:
         return f"{value / 1000:,.0f} k" if distance >= 1000 else f"{value:,.0f}"
     decimals = max(0, math.ceil(-math.log10(distance) - 1e-9)) if distance < 1 else 0
