@@ -170,11 +170,12 @@ class Trainer:
         self._controls.listen()
         self._answers.serve(busy_seconds)
         self._do_errands()
-        if self._controls.paused and not self._controls.stop:
-            self._hold()
+        self._hold()
 
     def _hold(self) -> None:
         """Waits while paused; chats and errands are served meanwhile."""
+        if not self._controls.paused or self._controls.stop:
+            return
         state, paused_at = self._journal.state, time.monotonic()
         with self._aside():
             self._journal.enter(State.PAUSED)
@@ -257,7 +258,7 @@ class Trainer:
                 self._checkpoint()  # the best is always kept
 
     def _heldout_metrics(self) -> Mapping[str, float] | None:
-        """None when it was stopped. Chats and commands are served between micro-batches, as in training."""
+        """None when it was stopped. Chats are served and pauses kept between micro-batches, as in training."""
         state, loss_sum, tokens = self._journal.state, 0.0, 0
         self._journal.enter(State.VALIDATING)
         self._validating = True
@@ -265,7 +266,10 @@ class Trainer:
             busy = time.monotonic()
             loss_sum += self._update.loss(batch)
             tokens += batch.tokens
-            self._serve(time.monotonic() - busy)
+            self._controls.listen()
+            self._answers.serve(time.monotonic() - busy)
+            if state is not State.PAUSED:  # what was asked for in a pause is done in it
+                self._hold()
             if self._controls.stop:
                 return None
         self._validating = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.answers import Answers
 from engine.backend import mx
 from engine.checkpoint import Checkpoint as SavedCheckpoint
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint import best_checkpoint, list_checkpoints
 from engine.commands import CancelGeneration, Checkpoint, Command, Generate, Pause, Resume, Stop, Validate
 from engine.environment import environment
 from engine.errors import ExitCode
@@ -24,6 +26,7 @@ from engine.events import (
     AnswerText,
     CheckpointSaved,
     Event,
+    Notice,
     RunEnded,
     RunOpened,
     State,
@@ -209,6 +212,73 @@ def test_a_cancelled_answer_stops_and_the_others_go_on(start: Start) -> None:
     assert not list_checkpoints(ride.run)
 
 
+def test_two_answers_at_once_and_the_others_in_turn(start: Start) -> None:
+    ride = start(**{"train.steps": 100_000})
+    ride.until_step(3)
+    ride.send(Pause())
+    for answer, max_tokens in (("a", 30), ("b", 10_000), ("c", 5), ("d", 5), ("e", 5)):
+        ride.send(Generate(answer, "The", max_tokens=max_tokens, temperature=5.0, top_p=1.0))
+    ride.send(CancelGeneration("d"))
+    ride.until(lambda event: isinstance(event, AnswerEnded) and event.answer == "a")
+    ride.send(Resume())
+    step = ride.of(StepCompleted)[-1].step
+    ride.until(lambda event: isinstance(event, AnswerEnded) and event.answer == "e")
+    ride.send(Stop(checkpoint=False))
+    ride.end()
+    chat = [event for event in ride.events if isinstance(event, AnswerStarted | AnswerEnded)]
+    open_now, most = set(), 0
+    for event in chat:
+        (open_now.add if isinstance(event, AnswerStarted) else open_now.discard)(event.answer)
+        most = max(most, len(open_now))
+    assert most == 2 and not open_now
+    assert [event.answer for event in ride.of(AnswerStarted)] == ["a", "b", "c", "e"]
+    assert all(event.step >= step for event in ride.of(AnswerStarted))
+    ends = {event.answer: event for event in ride.of(AnswerEnded)}
+    assert ends.keys() == {"a", "b", "c", "d", "e"}
+    assert (ends["d"].reason, ends["d"].tokens) == ("cancelled", 0)
+
+
+def test_answers_share_what_training_spares() -> None:
+    """However many chats there are: each of those open gets its token, and the rest of the budget is for all."""
+    said: list[Event] = []
+    answers = Answers(Slow(), said.append, lambda: (None, 7))  # type: ignore[arg-type]
+    for answer in "abcd":
+        answers.ask(Generate(answer, ""))
+    texts = lambda: [event.answer for event in said if isinstance(event, AnswerText)]  # noqa: E731
+    answers.serve(0.0)
+    assert texts() == ["a", "b"]
+    answers.serve(2.5 * Slow.TOKEN_SECONDS)
+    assert texts() == ["a", "b", "a", "b", "a"]
+    answers.serve(0.0)
+    assert texts()[5:] == ["b", "a"]
+
+
+class Slow:
+    """A task that only answers, at a known speed."""
+
+    TOKEN_SECONDS = 0.02
+
+    def answer(self, parameters: object, ask: Generate) -> Iterator[str]:
+        while True:
+            time.sleep(self.TOKEN_SECONDS)
+            yield "word"
+
+
+def test_a_question_that_nobody_heard_is_ended_with_the_run(
+    tiny_profile: Callable[..., Profile], tmp_path: Path
+) -> None:
+    profile = tiny_profile(**{"data.files": "nowhere.txt"})
+    engine = Engine(create_run(tmp_path / "runs", "tiny", {"environment": environment()}), profile)
+    mailbox = engine.subscribe()
+    engine.send(Generate("early", "The"))
+    engine.start()
+    ended = engine.join(PATIENCE_SECONDS)
+    assert ended is not None and ended.exit_code == ExitCode.BAD_INPUT
+    *_, answer, last = mailbox.take()
+    assert isinstance(answer, AnswerEnded) and (answer.answer, answer.reason) == ("early", "run ended")
+    assert last == ended
+
+
 def test_an_answer_keeps_the_weights_that_it_began_with(start: Start) -> None:
     """While training at a violent rate, a greedy answer is the one that the paused weights give."""
     ride = start(**{"train.steps": 100_000, "train.learning_rate": 0.05, "train.batch_size": 4})
@@ -281,6 +351,104 @@ def test_going_back_to_a_step_keeps_the_old_rows(start: Start) -> None:
         assert database.execute(rows).fetchone()[0] == 14
     names = [checkpoint.path.name for checkpoint in list_checkpoints(ride.run)]
     assert names == ["step-0000010", "step-0000012.a2"]
+
+
+def test_a_best_that_was_saved_before_it_was_validated_is_kept(start: Start) -> None:
+    ride = start(**{"train.steps": 40, "validate.every": 0, "checkpoint.every": 0, "checkpoint.keep": 1})
+    ride.until_step(3)
+    ride.send(Pause())
+    ride.until(lambda event: isinstance(event, StateChanged) and event.state is State.PAUSED)
+    ride.send(Checkpoint())
+    ride.until(lambda event: isinstance(event, CheckpointSaved))
+    ride.send(Validate())
+    validated = ride.until(lambda event: isinstance(event, Validated))
+    assert isinstance(validated, Validated) and validated.best
+    ride.send(Stop())
+    ride.end()
+    (saved,) = list_checkpoints(ride.run)
+    assert saved.verify()["val_loss"] == validated.metrics["val_loss"]
+
+    again = start(resume=ride.run, **{"train.steps": 40, "validate.every": 0, "checkpoint.every": 5})
+    again.until_step(saved.step + 12)
+    again.send(Stop())
+    again.end()
+    assert not again.of(Validated)
+    assert best_checkpoint(list_checkpoints(ride.run)) == saved
+
+
+def test_going_on_from_the_best_checkpoint(start: Start) -> None:
+    """A violent rate makes the later ones worse than an early one."""
+    settings = {"train.steps": 12, "train.learning_rate": 0.5, "train.warmup_steps": 12, "validate.every": 1}
+    ride = start(**settings, **{"checkpoint.every": 1, "checkpoint.keep": 12})
+    ride.end()
+    best = min(ride.of(Validated), key=lambda event: event.metrics["val_loss"]).step
+    assert best < 12
+    back = start(resume=ride.run, which="best", **settings)
+    back.end()
+    assert back.of(RunOpened)[0].step == best
+    assert back.of(StepCompleted)[0].step == best + 1
+
+
+def test_a_checkpoint_is_written_after_some_time(start: Start) -> None:
+    ride = start(**{"train.steps": 100_000, "checkpoint.every": 0, "checkpoint.every_minutes": 0.2 / 60})
+    saved = [ride.until(lambda event: isinstance(event, CheckpointSaved))]
+    ride.events.clear()
+    saved.append(ride.until(lambda event: isinstance(event, CheckpointSaved)))
+    assert saved[1].time - saved[0].time > 0.2
+
+
+# Validations that take a while, so that there is time to interrupt them.
+SLOW = {"train.steps": 6, "validate.every": 4, "validate.batches": 60, "train.micro_batch_size": 1}
+SLOW |= {"train.sequence_length": 8, "data.heldout_fraction": 0.5}
+
+
+def is_validating(event: Event) -> bool:
+    return isinstance(event, StateChanged) and event.state is State.VALIDATING
+
+
+def val_losses(run: RunDirectory) -> list[tuple[int, float]]:
+    steps, values = run.curve("val_loss")
+    return list(zip(steps.tolist(), values.tolist(), strict=True))
+
+
+def test_a_validation_that_a_stop_cut_short_is_made_up_for(start: Start) -> None:
+    alone = start(**SLOW)
+    alone.end()
+    assert [step for step, _ in val_losses(alone.run)] == [4, 6]
+
+    ride = start(**SLOW)
+    run = ride.run
+    for step in (4, 6):
+        ride.until(is_validating)
+        ride.send(Stop())
+        ended = ride.end()
+        assert (ended.state, ended.step) == (State.STOPPED, step)
+        assert step not in [step for step, _ in val_losses(run)]
+        ride = start(resume=run, **SLOW)
+        ride.until(lambda event: isinstance(event, Validated))
+        ride.events.clear()
+    assert ride.end().state is State.FINISHED
+    assert val_losses(run) == val_losses(alone.run)
+    assert losses(run) == losses(alone.run)
+    assert start(resume=run, **SLOW).end().state is State.FINISHED
+
+
+def test_a_pause_holds_a_validation(start: Start) -> None:
+    ride = start(**SLOW)
+    ride.until(is_validating)
+    ride.send(Pause())
+    ride.until(lambda event: isinstance(event, StateChanged) and event.state is State.PAUSED)
+    ride.send(Generate("meanwhile", "While", max_tokens=3))
+    ride.until(lambda event: isinstance(event, AnswerEnded))
+    assert not ride.of(Validated)
+    ride.send(Resume())
+    ride.until(lambda event: isinstance(event, Validated))
+    assert ride.end().state is State.FINISHED
+    states = [event.state for event in ride.of(StateChanged)]
+    assert states[:6] == [
+        *(State.LOADING, State.TRAINING, State.VALIDATING, State.PAUSED, State.VALIDATING, State.TRAINING)
+    ]
+    assert [event.step for event in ride.of(Validated)] == [4, 6]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "state"])
@@ -386,6 +554,56 @@ def test_what_cannot_be_stored_is_kept_until_it_can(start: Start) -> None:
     ended = ride.end()
     assert ended.state is State.FINISHED
     assert len(losses(ride.run)) == 200
+    assert [event.text for event in ride.of(Notice)] == ["run.sqlite could be written again; nothing was lost"]
+    assert [event["text"] for event in ride.run.events() if event["event"] == "alarm"] == [alarm.text]
+
+
+def test_a_disk_that_stays_full_ends_a_run_in_one_line(start: Start) -> None:
+    ride = start(**{"train.steps": 400, "validate.every": 0, "checkpoint.every": 5})
+    ride.until(lambda event: isinstance(event, CheckpointSaved))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        ride.until(lambda event: isinstance(event, Alarm) and "run.sqlite" in event.text)
+        ride.until_step(ride.of(StepCompleted)[-1].step + 5)
+        ride.send(Stop(reason="enough"))
+        ended = ride.end()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (ended.state, ended.exit_code) == (State.FAILED, ExitCode.BAD_INPUT)
+    assert ended.reason.startswith("enough, but its last checkpoint could not be written") and "\n" not in ended.reason
+    assert ride.events[-1] == ended
+    assert "in memory is lost" in ride.of(Alarm)[-1].text
+
+    again = start(resume=ride.run, **{"train.steps": 20, "validate.every": 0})
+    assert again.end().state is State.FINISHED
+    assert again.of(RunOpened)[0].step >= 5
+
+
+@pytest.mark.parametrize("where", ["accumulate", "apply"])
+def test_a_failure_in_training_saves_what_it_left_whole(
+    start: Start, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """MLX, out of memory in a micro-batch, leaves the weights of the last step; in the update it may spoil them."""
+    ride = start(**{"train.steps": 100_000, "checkpoint.every": 0, "validate.every": 0})
+    evaluate = mx.eval
+
+    def fail(*arrays: object) -> None:
+        if sys._getframe(1).f_code.co_name == where:
+            raise RuntimeError("[metal::malloc] Unable to allocate 123 bytes.")
+        evaluate(*arrays)
+
+    ride.until_step(3)
+    monkeypatch.setattr(mx, "eval", fail)
+    ended = ride.end()
+    monkeypatch.undo()
+    assert (ended.state, ended.exit_code) == (State.FAILED, ExitCode.DEFECT)
+    assert ended.reason.startswith("out of memory: ") and "123 bytes" in ended.reason and "\n" not in ended.reason
+    assert [checkpoint.step for checkpoint in list_checkpoints(ride.run)] == (
+        [ended.step] if where == "accumulate" else []
+    )
+    assert "Traceback" in ride.run.log_path.read_text(encoding="utf-8")
+    assert ended.step == ride.of(StepCompleted)[-1].step
 
 
 def test_a_loss_that_is_no_number_never_reaches_the_weights(start: Start, tmp_path: Path) -> None:
