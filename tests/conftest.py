@@ -55,16 +55,27 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """The file of a tiny profile, with its text beside it."""
-    text = tmp_path / "text"
+def write_tiny(folder: Path) -> Path:
+    """Writes the file of a tiny profile, with its text beside it."""
+    text = folder / "text"
     text.mkdir()
     for index, key in enumerate(sorted(topics)[:12]):
         (text / f"{index:02}.txt").write_text(topics[key], encoding="utf-8")
-    profile = tmp_path / "tiny.toml"
+    profile = folder / "tiny.toml"
     profile.write_text(TINY, encoding="utf-8")
     return profile
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The file of a tiny profile."""
+    return write_tiny(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a tiny profile, for what the tests of a module share."""
+    return write_tiny(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture
