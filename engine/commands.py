@@ -42,7 +42,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Answer `prompt` with the live weights, token by token, while training goes on.
+    """Answer `prompt` with the live weights, token by token, while training goes on; two at once, others wait.
 
     `answer` is chosen by the asker and comes back in every event about this answer. Temperature 0 is greedy.
     """

@@ -137,8 +137,11 @@ class RunDirectory:
         return identity
 
     def update_identity(self, **entries: Any) -> None:
-        """Adds entries to run.json, atomically."""
-        write_json(self.identity_path, {**self.identity(), **entries})
+        """Adds entries to run.json, atomically. Raises `UserError` where it cannot be read or written."""
+        try:
+            write_json(self.identity_path, {**self.identity(), **entries})
+        except OSError as error:
+            raise UserError(f"{self.identity_path} cannot be written: {error.strerror or error}") from None
 
     def curve(self, metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Steps and values of one metric on the current line, in order of steps."""

@@ -67,7 +67,7 @@ class Trainer:
     """One attempt at a run, on the thread that owns MLX.
 
     Made, it is ready to train: data and model are loaded and a checkpoint is restored. `resume_from` is None for a new
-    run, else `latest` or a step. Raises `UserError` for what the user can mend.
+    run, else `latest`, `best` or a step. Raises `UserError` for what the user can mend.
     """
 
     def __init__(

@@ -130,8 +130,11 @@ class Engine:
         except Exception as error:  # a defect of ours: the log gets the traceback, the user one line
             self._log_traceback()
             details = "above" if self._assists else f"in {self.run.log_path}"
-            what = "out of memory" if _is_out_of_memory(error) else "internal error"
-            outcome = Outcome(State.FAILED, f"{what}: {error!r}; details {details}", ExitCode.DEFECT)
+            reason = f"internal error: {error!r}"
+            if _is_out_of_memory(error):
+                words = " ".join(str(error).split())
+                reason = f"out of memory ({words}): less is needed with a smaller train.micro_batch_size"
+            outcome = Outcome(State.FAILED, f"{reason}; details {details}", ExitCode.DEFECT)
         self.joined.set()
         step = trainer.progress.step if trainer else 0
         ended = RunEnded(state=outcome.state, reason=outcome.reason, exit_code=outcome.exit_code, step=step)

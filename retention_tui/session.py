@@ -16,7 +16,7 @@ from engine.profile import Profile, find_profile, load_profile, validate_profile
 from engine.store import RunDirectory, RunLock, create_run, find_run
 from engine.worker import Engine
 
-_LAST_BREATH_SECONDS = 2.0
+_LAST_BREATH_SECONDS = 1.0
 """A run that has said its end has still to leave its thread."""
 
 

@@ -598,7 +598,7 @@ def test_a_failure_in_training_saves_what_it_left_whole(
     ended = ride.end()
     monkeypatch.undo()
     assert (ended.state, ended.exit_code) == (State.FAILED, ExitCode.DEFECT)
-    assert ended.reason.startswith("out of memory: ") and "123 bytes" in ended.reason and "\n" not in ended.reason
+    assert ended.reason.startswith("out of memory (") and "123 bytes" in ended.reason and "\n" not in ended.reason
     assert [checkpoint.step for checkpoint in list_checkpoints(ride.run)] == (
         [ended.step] if where == "accumulate" else []
     )

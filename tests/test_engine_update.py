@@ -146,6 +146,21 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
         assert mx.abs(one - other).max().item() <= 1e-5 * mx.abs(one).max().item(), name
 
 
+def test_accumulating_needs_the_memory_of_one_gradient(tiny_profile: Callable[..., Profile], tmp_path: Path) -> None:
+    """The new sums take the old ones' place: at the peak 1.04 instead of 1.25 times the weights' size here."""
+    overrides = {"model.width": 256, "model.heads": 4, "train.batch_size": 4, "train.micro_batch_size": 1}
+    task = make_task(tiny_profile(**overrides), tmp_path)
+    assert isinstance(task, RetentionLMTask)
+    update = make_update(task)
+    size = sum(array.nbytes for _, array in tree_flatten(update.parameters))
+    for batch in task.micro_batches(1, rank=0, ranks=1):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        update.accumulate(batch)
+    assert mx.get_active_memory() == before
+    assert mx.get_peak_memory() - before < 1.15 * size
+
+
 def test_adamw_is_as_published() -> None:
     """Algorithm 2 of arXiv 1711.05101 in NumPy, with the decay on matrices only."""
     train = Train(steps=10, learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.9)
