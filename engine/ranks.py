@@ -42,16 +42,18 @@ class Ranks:
         if self.size == 1:
             return tree
         # Sorted, because ranks must exchange arrays in one order, and a loaded tree may be in another than a fresh one.
-        named = sorted(tree_flatten(tree))
-        sums = [(name, mx.distributed.all_sum(array, group=self._group)) for name, array in named]
+        return tree_unflatten([(name, self._sum(array)) for name, array in sorted(tree_flatten(tree))])
+
+    def _sum(self, array: mx.array) -> mx.array:
+        total = mx.distributed.all_sum(array, group=self._group)
         self.waiting_since = time.monotonic()
         try:
-            mx.eval([array for _, array in sums])
+            mx.eval(total)  # one at a time: where a rank is gone, the ring fails the first, and others would hang
         except RuntimeError as error:
             raise RankLost(f"another rank is gone: {error}") from None
         finally:
             self.waiting_since = None
-        return tree_unflatten(sums)
+        return total
 
     def from_chief(self, tree: Any) -> Any:
         """Rank 0's arrays, on every rank. All ranks give a tree of the same shapes and dtypes."""

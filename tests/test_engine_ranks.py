@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from engine.store import RunDirectory
 
@@ -142,11 +144,13 @@ class Pair:
         self.ranks: list[subprocess.Popen[str]] = []
         self.run = RunDirectory(folder / "runs/pair")
 
-    def start(self, *arguments: str, rank: int | None = None) -> None:
+    def start(self, *arguments: str, rank: int | None = None, **environment: str) -> None:
         """Starts the next rank of the run `pair`."""
         rank = len(self.ranks) if rank is None else rank
         variables = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(self._hosts)}
-        command = [*COMMAND, *arguments, "--headless", "--name", "pair", "--runs-dir", str(self.folder / "runs")]
+        command = [*COMMAND, *arguments, "--headless", "--runs-dir", str(self.folder / "runs")]
+        if arguments[0] == "run":
+            command += ["--name", "pair"]
         self.ranks.append(
             subprocess.Popen(
                 command,
@@ -154,7 +158,7 @@ class Pair:
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
-                env={**os.environ, **variables},
+                env={**os.environ, **variables, **environment},
             )
         )
 
@@ -244,3 +248,31 @@ def test_ranks_that_differ_are_refused(pair: Pair, start: list[str], difference:
         (line,) = [line for line in errors.splitlines() if "retention-tui" in line]
         assert reason in line
     assert "rank 1" in ends[1][1]
+
+
+def test_a_defect_of_a_helping_rank_is_told_on_its_standard_error(pair: Pair, start: list[str]) -> None:
+    broken = pair.folder / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text("import numpy\nnumpy.random.SeedSequence = None")
+    path = f"{broken}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    pair.start(*start)
+    pair.start(*start, PYTHONPATH=path)
+    (chief, _), (code, errors) = pair.end()
+    assert (chief, code) == (2, 1)
+    assert "Traceback" in errors and "retention-tui: rank 1: internal error: TypeError" in errors
+    assert [path.name for path in (pair.folder / "runs").iterdir()] == ["pair"]
+    assert "Traceback" not in pair.run.log_path.read_text(encoding="utf-8")
+
+
+def test_steps_without_a_number_are_counted_on_over_a_resume(pair: Pair, start: list[str]) -> None:
+    assert train(pair.folder, 1, *start, "--set", "train.steps=1", "--name", "source").returncode == 0
+    folder = pair.folder / "spoilt"
+    shutil.copytree(max((pair.folder / "runs/source/checkpoints").iterdir()), folder)
+    spoilt = {name: array * math.nan for name, array in load_file(folder / "model.safetensors").items()}
+    save_file(spoilt, folder / "model.safetensors")
+    assert train(pair.folder, 1, *start, *settings(f"model.init_from={folder}"), "--name", "pair").returncode == 4
+    for _ in range(2):
+        pair.start("resume", "pair")
+    ends = pair.end()
+    assert [code for code, _ in ends] == [4, 4], ends
+    assert pair.run.last("loss")[0] == 4  # type: ignore[index]
