@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -109,8 +110,8 @@ class Trainer:
             outcome = self._take_steps()
         except RankLost as error:  # in an exchange: weights and optimizer are those of the last completed step
             outcome = Outcome(State.FAILED, str(error), ExitCode.BAD_INPUT)
-        except Exception:
-            self._rescue()
+        except Exception as error:
+            self._rescue(error)
             raise
         return self._close(outcome)
 
@@ -399,9 +400,10 @@ class Trainer:
         reason = f"{outcome.reason}, but its last checkpoint could not be written: resume goes on from the one before"
         return Outcome(State.FAILED, reason, outcome.exit_code or ExitCode.BAD_INPUT)
 
-    def _rescue(self) -> None:
+    def _rescue(self, error: Exception) -> None:
         """Saves the last completed step before a failure ends the run; only one inside the update spoils weights."""
         self._update.drop()
+        traceback.clear_frames(error.__traceback__)  # their arrays may be what fills the memory
         with contextlib.suppress(Exception):  # the failure itself is what the user has to hear of
             self._answers.end_all("run ended")
             if self._update.intact:

@@ -398,7 +398,7 @@ def test_a_checkpoint_is_written_after_some_time(start: Start) -> None:
 
 
 # Validations that take a while, so that there is time to interrupt them.
-SLOW = {"train.steps": 6, "validate.every": 4, "validate.batches": 60, "train.micro_batch_size": 1}
+SLOW = {"train.steps": 6, "validate.every": 4, "validate.batches": 150, "train.micro_batch_size": 1}
 SLOW |= {"train.sequence_length": 8, "data.heldout_fraction": 0.5}
 
 
