@@ -64,34 +64,58 @@ def train(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
-def weights(folder: Path, run: str) -> dict[str, np.ndarray]:
-    newest = max((folder / "runs" / run / "checkpoints").iterdir())
-    return load_file(newest / "model.safetensors")
+def weights(run: RunDirectory) -> dict[str, np.ndarray]:
+    return load_file(max(run.checkpoints_path.iterdir()) / "model.safetensors")
 
 
 def settings(*pairs: str) -> list[str]:
     return [part for pair in pairs for part in ("--set", pair)]
 
 
-@pytest.fixture
-def start(tiny: Path) -> list[str]:
+def small(profile: Path) -> list[str]:
     # Adam divides every entry by its own size, so rounding alone moves entries whose gradient is nothing but rounding;
     # an epsilon cannot be set, so the learning rate is kept small enough for 1e-5 to mean something: see the assertion.
-    small = ("train.steps=8", "train.learning_rate=1e-3", "train.batch_size=8", "train.micro_batch_size=2")
-    return ["run", str(tiny), *settings(*small)]
+    pairs = ("train.steps=8", "train.learning_rate=1e-3", "train.batch_size=8", "train.micro_batch_size=2")
+    return ["run", str(profile), *settings(*pairs, "checkpoint.every=3")]
 
 
-def test_two_ranks_train_as_one(start: list[str], tmp_path: Path) -> None:
-    for ranks in (1, 2):
-        done = train(tmp_path, ranks, *start, "--name", f"of-{ranks}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("finished at step 8") == 1, "rank 0 alone speaks"
-        assert RunDirectory(tmp_path / f"runs/of-{ranks}").identity()["environment"]["ranks"] == ranks
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["of-1", "of-2"], "rank 0 alone writes"
-    one, two = weights(tmp_path, "of-1"), weights(tmp_path, "of-2")
+@pytest.fixture
+def start(tiny: Path) -> list[str]:
+    return small(tiny)
+
+
+@pytest.fixture(scope="module")
+def of_two(shared_tiny: Path) -> RunDirectory:
+    """A run that two ranks have finished."""
+    done = train(shared_tiny.parent, 2, *small(shared_tiny), "--name", "of-two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished at step 8") == 1, "rank 0 alone speaks"
+    assert [path.name for path in (shared_tiny.parent / "runs").iterdir()] == ["of-two"], "rank 0 alone writes"
+    return RunDirectory(shared_tiny.parent / "runs/of-two")
+
+
+def test_two_ranks_train_as_one(of_two: RunDirectory, start: list[str], tmp_path: Path) -> None:
+    assert train(tmp_path, 1, *start, "--name", "of-one").returncode == 0
+    of_one = RunDirectory(tmp_path / "runs/of-one")
+    one, two = weights(of_one), weights(of_two)
     for name, array in one.items():
         moved = np.abs(array).max()
         assert np.abs(array - two[name]).max() <= 1e-5 * max(moved, 1), name
+    assert [run.identity()["environment"]["ranks"] for run in (of_one, of_two)] == [1, 2]
+
+
+def test_two_ranks_resume(of_two: RunDirectory, tmp_path: Path) -> None:
+    part = RunDirectory(tmp_path / "runs/part")
+    shutil.copytree(of_two.path, part.path)
+    newer = [path for path in part.checkpoints_path.iterdir() if path.name > "step-0000006"]
+    for path in newer:
+        (path / "optimizer.safetensors").write_bytes(b"damaged")
+    done = train(tmp_path, 2, "resume", "part")
+    assert newer and done.returncode == 0, done.stderr
+    assert "continues at step" in done.stdout
+    whole, again = weights(of_two), weights(part)
+    assert all(np.array_equal(array, again[name]) for name, array in whole.items())
+    assert "ranks was 2, is 1" in train(tmp_path, 1, "resume", "part").stdout
 
 
 def test_all_ranks_end_with_the_same_weights(tiny: Path, tmp_path: Path) -> None:
@@ -101,19 +125,6 @@ def test_all_ranks_end_with_the_same_weights(tiny: Path, tmp_path: Path) -> None
     zero, one = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert len(zero) > 20 and zero.keys() == one.keys(), errors
     assert all(np.array_equal(array, one[name]) for name, array in zero.items())
-
-
-def test_two_ranks_resume(start: list[str], tmp_path: Path) -> None:
-    assert train(tmp_path, 2, *start, "--name", "whole").returncode == 0
-    assert train(tmp_path, 2, *start, "--set", "checkpoint.every=3", "--name", "part").returncode == 0
-    for newer in (path for path in (tmp_path / "runs/part/checkpoints").iterdir() if path.name > "step-0000006"):
-        (newer / "optimizer.safetensors").write_bytes(b"damaged")
-    done = train(tmp_path, 2, "resume", "part")
-    assert done.returncode == 0, done.stderr
-    assert "continues at step" in done.stdout
-    whole, part = weights(tmp_path, "whole"), weights(tmp_path, "part")
-    assert all(np.array_equal(array, part[name]) for name, array in whole.items())
-    assert "ranks was 2, is 1" in train(tmp_path, 1, "resume", "part").stdout
 
 
 @pytest.mark.parametrize(
