@@ -112,6 +112,18 @@ class Engine:
             mailbox.put(event)
 
     def _work(self) -> None:
+        try:
+            ended = self._work_to_the_end()
+        except Exception as error:  # not even MLX could be loaded
+            self._log_traceback()
+            reason = f"internal error: {error!r}; details {self._details}"
+            ended = RunEnded(state=State.FAILED, reason=reason, exit_code=ExitCode.DEFECT, step=0)
+        self.joined.set()
+        self._end_unheard()
+        self._say(ended)
+        self.ended = ended
+
+    def _work_to_the_end(self) -> RunEnded:
         from engine.backend import mx  # MLX's streams belong to the thread that first uses them
         from engine.ranks import Ranks
         from engine.trainer import Outcome, Trainer
@@ -129,25 +141,21 @@ class Engine:
             outcome = Outcome(State.FAILED, str(error), ExitCode.BAD_INPUT)
         except Exception as error:  # a defect of ours: the log gets the traceback, the user one line
             self._log_traceback()
-            details = "above" if self._assists else f"in {self.run.log_path}"
             reason = f"internal error: {error!r}"
             if _is_out_of_memory(error):
                 words = " ".join(str(error).split())
                 reason = f"out of memory ({words}): less is needed with a smaller train.micro_batch_size"
-            outcome = Outcome(State.FAILED, f"{reason}; details {details}", ExitCode.DEFECT)
-        self.joined.set()
+            outcome = Outcome(State.FAILED, f"{reason}; details {self._details}", ExitCode.DEFECT)
         step = trainer.progress.step if trainer else 0
         ended = RunEnded(state=outcome.state, reason=outcome.reason, exit_code=outcome.exit_code, step=step)
         try:
-            self._end_unheard()
             if journal is not None:
                 journal.end(ended)
-        except Exception:
+        except Exception:  # what the run came to is told all the same
             self._log_traceback()
         finally:
-            self._say(ended)
-            self.ended = ended
             mx.clear_streams()  # else the process may abort at exit
+        return ended
 
     def _end_unheard(self) -> None:
         """Tells those whose question came too late for the trainer to hear it."""
@@ -156,6 +164,10 @@ class Engine:
                 command = self._inbox.get_nowait()
                 if isinstance(command, Generate):
                     self._say(AnswerEnded(answer=command.answer, reason="run ended", tokens=0, seconds=0.0))
+
+    @property
+    def _details(self) -> str:
+        return "above" if self._assists else f"in {self.run.log_path}"
 
     def _log_traceback(self) -> None:
         if self._assists:

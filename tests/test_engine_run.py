@@ -279,6 +279,14 @@ def test_a_question_that_nobody_heard_is_ended_with_the_run(
     assert last == ended
 
 
+def test_an_engine_whose_libraries_cannot_be_loaded_ends(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "engine.trainer", None)
+    ride = start()
+    ended = ride.end()
+    assert (ended.state, ended.exit_code) == (State.FAILED, ExitCode.DEFECT)
+    assert "engine.trainer" in ended.reason and ride.events == [ended]
+
+
 def test_an_answer_keeps_the_weights_that_it_began_with(start: Start) -> None:
     """While training at a violent rate, a greedy answer is the one that the paused weights give."""
     ride = start(**{"train.steps": 100_000, "train.learning_rate": 0.05, "train.batch_size": 4})
@@ -390,7 +398,9 @@ def test_going_on_from_the_best_checkpoint(start: Start) -> None:
 
 
 def test_a_checkpoint_is_written_after_some_time(start: Start) -> None:
-    ride = start(**{"train.steps": 100_000, "checkpoint.every": 0, "checkpoint.every_minutes": 0.2 / 60})
+    ride = start(
+        **{"train.steps": 100_000, "validate.every": 0, "checkpoint.every": 0, "checkpoint.every_minutes": 0.2 / 60}
+    )
     saved = [ride.until(lambda event: isinstance(event, CheckpointSaved))]
     ride.events.clear()
     saved.append(ride.until(lambda event: isinstance(event, CheckpointSaved)))
