@@ -43,6 +43,8 @@ from engine.update import Gradient, Update
 from mlx.utils import tree_flatten
 
 _PACE_WINDOW_STEPS = 100
+CHAT_SHARE = 0.75
+"""Time for open chats, as a part of what the micro-batch before took: with the rest of a step, training keeps half."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,9 @@ class Trainer:
     # Between micro-batches: chats, commands, pauses
 
     def _serve(self, busy_seconds: float) -> None:
-        """Gives chats as much time as the last micro-batch took, does what was asked, and waits while paused."""
+        """Gives chats their share of the time, does what was asked, and waits while paused."""
         self._controls.listen()
-        self._answers.serve(busy_seconds)
+        self._answers.serve(CHAT_SHARE * busy_seconds)
         self._do_errands()
         self._hold()
 
@@ -268,7 +270,7 @@ class Trainer:
             loss_sum += self._update.loss(batch)
             tokens += batch.tokens
             self._controls.listen()
-            self._answers.serve(time.monotonic() - busy)
+            self._answers.serve(CHAT_SHARE * (time.monotonic() - busy))
             if state is not State.PAUSED:  # what was asked for in a pause is done in it
                 self._hold()
             if self._controls.stop:
