@@ -6,6 +6,7 @@ Trains the first steps of the demo in a temporary folder, a minute or two on an 
 from __future__ import annotations
 
 import asyncio
+import html
 import os
 import re
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 
 PICTURE = Path(__file__).with_name("screen.svg")
 SIZE = (130, 40)
-STEPS = 240
+STEPS = 230
+TEXT = re.compile(r'<text class="([^"]+)" x="([\d.]+)" y="([\d.]+)" textLength="([\d.]+)"([^>]*)>([^<]*)</text>')
+SPACE = "&#160;"
 
 
 async def take_picture(runs_folder: Path, steps: int) -> str:
@@ -40,8 +43,25 @@ def slim(svg: str) -> str:
     """The picture without its link to a web font, which a README may not load anyway, and with shorter coordinates."""
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     svg = svg.replace("Fira Code", "ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono")
+    svg = TEXT.sub(without_outer_spaces, svg)
     svg = re.sub(r'="(\d+\.\d)\d+"', r'="\1"', svg)
     return re.sub(r"\n\s*\n+", "\n", svg)
+
+
+def without_outer_spaces(match: re.Match[str]) -> str:
+    """A piece of text that begins where its first character is: some renderers drop the spaces before it."""
+    style, x, y, length, rest, text = match.groups()
+    inner = text.removesuffix("\n")
+    cells = len(html.unescape(inner))
+    if not inner.replace(SPACE, ""):
+        return ""
+    width = float(length) / cells
+    before = (len(inner) - len(re.sub(f"^(?:{SPACE})+", "", inner))) // len(SPACE)
+    inner = re.sub(f"^(?:{SPACE})+|(?:{SPACE})+$", "", inner)
+    length = f"{width * len(html.unescape(inner)):.1f}"
+    return (
+        f'<text class="{style}" x="{float(x) + before * width:.1f}" y="{y}" textLength="{length}"{rest}>{inner}</text>'
+    )
 
 
 def main() -> int:
