@@ -80,10 +80,16 @@ async def until(pilot: Pilot[str], condition: Callable[[], object], seconds: flo
         await asyncio.sleep(0.1)
 
 
-async def click(pilot: Pilot[str], *target: str, offset: tuple[int, int] = (0, 0), times: int = 1) -> None:
-    """Clicks once the screen has settled."""
+async def click(pilot: Pilot[str], *target: str, times: int = 1) -> None:
+    """Clicks a widget once the screen has settled."""
     await asyncio.sleep(0.3)
-    assert await pilot.click(*target, offset=offset, times=times)
+    assert await pilot.click(*target, times=times)
+
+
+async def click_on(pilot: Pilot[str], name: str, times: int = 1) -> None:
+    """Clicks the line that begins with a name, once the screen has settled: it may still move when it first appears."""
+    await asyncio.sleep(0.5)
+    assert await pilot.click(offset=where(pilot.app, name), times=times)
 
 
 def step_shown(app: RetentionApp) -> int:
@@ -102,7 +108,7 @@ async def test_the_launcher_starts_a_profile_and_shows_the_run_that_it_left(
     app = RetentionApp(session)
     async with app.run_test(size=(130, 40)) as pilot:
         await until(pilot, lambda: "your own" in seen(app))
-        await click(pilot, offset=where(app, "tiny"))
+        await click_on(pilot, "tiny")
         await until(pilot, lambda: "small enough to be trained in a test" in seen(app) and "8 sequences" in seen(app))
         assert isinstance(app.screen, Launcher) and not session.running  # a click shows
         for _ in range(3):
@@ -127,7 +133,7 @@ async def test_a_failure_that_was_seen_is_not_told_again(session: Session, own_p
     app = RetentionApp(session)
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: "your own" in seen(app))
-        await click(pilot, offset=where(app, "tiny"), times=2)
+        await click_on(pilot, "tiny", times=2)
         await until(pilot, lambda: "● failed" in seen(app) and "data.files" in seen(app))
         await pilot.press("q")
         await until(pilot, lambda: isinstance(app.screen, Launcher))
@@ -151,7 +157,7 @@ async def test_the_launcher_resumes_a_stopped_run_with_its_curves(session: Sessi
     app = RetentionApp(session)
     async with app.run_test(size=(130, 40)) as pilot:
         await until(pilot, lambda: "night" in seen(app))
-        await click(pilot, offset=where(app, "night"), times=2)
+        await click_on(pilot, "night", times=2)
         await until(pilot, lambda: isinstance(app.screen, RunScreen) and step_shown(app) > stopped_at)
         await pilot.press("3")
         said = "night starts on", f"stopped at step {stopped_at:,}", f"night goes on at step {stopped_at:,}"
