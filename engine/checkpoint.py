@@ -48,7 +48,8 @@ class Checkpoint:
             state: dict[str, Any] = json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
             version = int(state["format"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"checkpoint {self.path.name} is damaged: {STATE_FILE} cannot be read ({error})") from None
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise UserError(f"checkpoint {self.path.name} is damaged: {STATE_FILE} cannot be read ({reason})") from None
         if version > CHECKPOINT_FORMAT:
             raise UserError(f"checkpoint {self.path.name} has format {version}; this release reads {CHECKPOINT_FORMAT}")
         return state
@@ -147,8 +148,11 @@ def _folders(run: RunDirectory) -> list[Checkpoint]:
     return [Checkpoint(int(match[1]), int(match[2] or 1), path) for match, path in named if match]
 
 
-def latest_intact(checkpoints: Sequence[Checkpoint], report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that passes `verify`; each damaged one on the way is reported. None if there is none."""
+def latest_intact(run: RunDirectory, checkpoints: Sequence[Checkpoint], report: Callable[[str], None]) -> Checkpoint:
+    """The newest checkpoint that passes `verify`; each damaged one on the way is reported.
+
+    Raises `UserError` where none does: a run must not begin again over what may still be worth saving.
+    """
     for checkpoint in sorted(checkpoints, reverse=True):
         try:
             checkpoint.verify()
@@ -156,14 +160,23 @@ def latest_intact(checkpoints: Sequence[Checkpoint], report: Callable[[str], Non
             report(f"{error}; falling back to the one before")
             continue
         return checkpoint
-    return None
+    raise UserError(
+        f"run {run.name}: none of its {len(checkpoints)} checkpoints is intact; start a new run, or bring back "
+        f"the files in {run.checkpoints_path}"
+    )
 
 
-def choose_checkpoint(run: RunDirectory, which: str) -> Checkpoint:
-    """`latest`, `best` (lowest held-out loss) or a step's number, verified. Raises `UserError` naming what there is."""
+def choose_checkpoint(run: RunDirectory, which: str, report: Callable[[str], None] | None = None) -> Checkpoint:
+    """`latest`, `best` (lowest held-out loss) or a step's number, verified. Raises `UserError` naming what there is.
+
+    With `report`, `latest` passes damaged ones over and reports them.
+    """
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise UserError(f"run {run.name} has no checkpoint yet")
+    steps = ", ".join(str(item.step) for item in checkpoints)
+    if which == "latest" and report is not None:
+        return latest_intact(run, checkpoints, report)
     if which == "latest":
         chosen: Checkpoint | None = checkpoints[-1]
     elif which == "best":
@@ -171,7 +184,6 @@ def choose_checkpoint(run: RunDirectory, which: str) -> Checkpoint:
     else:
         chosen = next((item for item in checkpoints if which.isdigit() and item.step == int(which)), None)
     if chosen is None:
-        steps = ", ".join(str(item.step) for item in checkpoints)
         raise UserError(f"run {run.name} has no checkpoint {which!r}; there are latest, best and steps {steps}")
     chosen.verify()
     return chosen

@@ -88,7 +88,7 @@ class TextData(Section):
     heldout_files: Annotated[list[str], quantity("held-out text as files of its own, instead of a split")] = []
     split: Annotated[
         Literal["document", "tail"],
-        quantity("hold out whole documents (chosen by the seed) or the tail of the text"),
+        quantity("hold out whole documents (chosen by the seed) or the tail of the text; of one document, its tail"),
     ] = "document"
     heldout_fraction: Annotated[float, quantity("share of the text that is held out", gt=0, lt=1)] = 0.1
     tokenizer: Annotated[
@@ -105,6 +105,8 @@ class TextData(Section):
     def _one_source(self) -> Self:
         if bool(self.builtin) == bool(self.files):
             raise ValueError("needs exactly one of builtin and files")
+        if self.builtin and self.heldout_files:
+            raise ValueError(f'builtin = "{self.builtin}" brings its own held-out text; leave heldout_files out')
         return self
 
 

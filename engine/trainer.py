@@ -387,17 +387,19 @@ class Trainer:
     def _find_checkpoint(self, which: str) -> Checkpoint | None:
         if which != "latest":
             return choose_checkpoint(self._run, which)
-        found = latest_intact(list_checkpoints(self._run), self._warn)
-        if found is None:
+        checkpoints = list_checkpoints(self._run)
+        if not checkpoints:
             self._journal.say(Notice(text="there is no checkpoint to resume from: starting again at step 0"))
-        return found
+            return None
+        return latest_intact(self._run, checkpoints, self._warn)
 
     def _close(self, outcome: Outcome) -> Outcome:
         self._answers.end_all("run ended")
         if outcome.state is not State.FINISHED:
             self._journal.enter(State.STOPPING, outcome.reason)
         wanted = self._controls.stop is None or self._controls.stop.checkpoint
-        if not wanted or self._checkpoint():
+        begun = self.progress.step > 0  # before the first step there is nothing that the seed does not give again
+        if not wanted or not begun or self._checkpoint():
             return outcome
         reason = f"{outcome.reason}, but its last checkpoint could not be written: resume goes on from the one before"
         return Outcome(State.FAILED, reason, outcome.exit_code or ExitCode.BAD_INPUT)

@@ -134,7 +134,7 @@ class Engine:
             ranks = self._ranks = Ranks()
             self.joined.set()
             journal = Journal(None if self._assists else self.run, self._say)
-            journal.enter(State.LOADING)
+            journal.enter(State.LOADING, "data and model")
             trainer = Trainer(self.run, self.profile, ranks, journal, self._inbox, self._resume_from)
             outcome = trainer.train()
         except UserError as error:

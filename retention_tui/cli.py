@@ -20,7 +20,7 @@ from engine.commands import Generate, Resume
 from engine.cores import ranks_launched
 from engine.errors import ExitCode, UserError
 from engine.lines import describe
-from retention_tui import headless, listings
+from retention_tui import headless, listings, wording
 from retention_tui.session import Session
 
 cli = typer.Typer(
@@ -103,15 +103,19 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.9,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     runs_dir: RunsDir = RUNS,
 ) -> None:
     """Continue a text with a run's model."""
     from engine.speaker import continue_text  # loads MLX
 
     ask = Generate("command line", prompt, max_tokens, temperature, top_p, seed)
-    for piece in continue_text(runs_dir, run_name, checkpoint, ask):
-        sys.stdout.write(piece)
+
+    def report(text: str) -> None:
+        print(f"retention-tui: {text}", file=sys.stderr)
+
+    for piece in continue_text(runs_dir, run_name, checkpoint, ask, report):
+        sys.stdout.write(wording.printable(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
@@ -153,8 +157,6 @@ def doctor(runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
 
 def main() -> None:
     """The entry point: runs a command. A user's mistake becomes one line and exit code 2, a defect one and code 1."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; runs have their own handlers
     try:
         try:
             cli()
@@ -177,7 +179,7 @@ def main() -> None:
 
 def _attend(session: Session, no_screen: bool, as_json: bool) -> int:
     """Stays with a started run until it has ended, with a screen where there is a terminal."""
-    if not (no_screen or as_json) and _has_terminal():
+    if not (no_screen or as_json) and _has_terminal() and not session.interrupted:
         return _show(session)
     assert session.client is not None
     headless.follow(session.client, as_json=as_json)
@@ -192,6 +194,8 @@ def _show(session: Session) -> int:
     choice: str | None = None
     with Terminal() as terminal:
         _stop_on_signals(session, terminal.leave)
+        if session.interrupted:
+            terminal.leave()
         signal.signal(signal.SIGHUP, lambda *_: terminal.hang_up())
         session.on_launch = lambda run: terminal.log_to(run.log_path)
         if session.client is not None:

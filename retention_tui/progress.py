@@ -167,7 +167,7 @@ class Progress:
                 self._validated(event)
             case CheckpointSaved():
                 said = f"checkpoint of step {event.step:,} saved: {wording.size(event.size_bytes)}"
-                self._note(event.time, Weight.GOOD, f"{said} in {event.seconds:.1f} s")
+                self._note(event.time, Weight.GOOD, f"{said} in {event.seconds:.2f} s")
             case Alarm():
                 weight = Weight.CRITICAL if event.level == "critical" else Weight.WARNING
                 self.unread.append(self._note(event.time, weight, event.text))

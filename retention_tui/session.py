@@ -70,6 +70,10 @@ class Session:
         """Goes on with a run from its latest checkpoint or another step. Raises `UserError` in one line."""
         found = find_run(self.runs_folder, run)
         resolved = validate_profile(found.identity()["profile"], where=str(found.identity_path))
+        if which != "latest":
+            from engine.checkpoint import choose_checkpoint  # loads MLX
+
+            choose_checkpoint(found, which)  # a wrong one is refused before the run is touched
         with self._starting_alone():
             return self._launch(found, resolved, which)
 

@@ -257,7 +257,7 @@ def test_heldout_files_replace_the_split(tmp_path: Path) -> None:
         ("rows.jsonl", b'"text"', 'rows.jsonl: line 1: has no key "text"'),
         ("rows.jsonl", b'{"text": 5}', 'rows.jsonl: line 1: "text" is int, not a string'),
         ("rows.jsonl", b'{"text": "\\ud83e"}', 'rows.jsonl: line 1: "text" holds half of a surrogate pair'),
-        ("one.txt", b"a single document\n", 'use split = "tail"'),
+        ("one.txt", b"a single document\n", "no line break where its tail could be held out"),
     ],
 )
 def test_bad_text_is_named_in_one_line(tmp_path: Path, name: str, content: Any, expected: str) -> None:
@@ -287,9 +287,16 @@ def test_splits_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is in data\.files too") as raised:
         read_corpus(TextData(files=[str(tmp_path)], heldout_files=[str(path)]), 0)
     one_line(raised)
-    with pytest.raises(UserError, match="brings its own held-out text") as raised:
-        read_corpus(TextData(builtin="python-docs", heldout_files=[str(path)]), 0)
-    one_line(raised)
+    with pytest.raises(ValueError, match="brings its own held-out text"):
+        TextData(builtin="python-docs", heldout_files=[str(path)])
+
+
+def test_of_one_document_the_tail_is_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("".join(f"line {number}\n" for number in range(100)))
+    corpus = read_corpus(TextData(files=[str(path)]), 0)
+    assert corpus.train[0] + corpus.heldout[0] == path.read_text()
+    assert 5 <= len(corpus.heldout[0].splitlines()) <= 15
 
 
 # The built-in text

@@ -492,17 +492,25 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(start: Start, damage:
     assert "no checkpoint '7'" in ended.reason and "\n" not in ended.reason
 
 
-def test_without_any_intact_checkpoint_it_begins_again(start: Start) -> None:
+def test_without_any_intact_checkpoint_it_is_refused(start: Start) -> None:
+    """Beginning again would delete what may still be worth saving."""
     ride = start()
     ride.end()
-    expected = losses(ride.run)
     for checkpoint in list_checkpoints(ride.run):
         (checkpoint.path / "model.safetensors").write_bytes(b"")
-    again = start(resume=ride.run)
-    assert again.end().state is State.FINISHED
-    assert again.of(RunOpened)[0].step == 0
-    assert len(again.of(Alarm)) == 2
-    assert losses(ride.run) == expected
+    ended = start(resume=ride.run).end()
+    assert ended.exit_code == ExitCode.BAD_INPUT
+    assert "none of its 2 checkpoints is intact" in ended.reason and "\n" not in ended.reason
+    assert [checkpoint.step for checkpoint in list_checkpoints(ride.run)] == [10, 12]
+
+
+def test_before_the_first_step_there_is_nothing_to_save(start: Start) -> None:
+    ride = start()
+    ride.send(Stop())
+    ended = ride.end()
+    assert (ended.state, ended.step) == (State.STOPPED, 0)
+    assert not list_checkpoints(ride.run)
+    assert start(resume=ride.run).end().state is State.FINISHED
 
 
 def test_other_data_are_refused(start: Start, tmp_path: Path) -> None:

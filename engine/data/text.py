@@ -38,8 +38,6 @@ def read_corpus(data: TextData, seed: int) -> Corpus:
     and without empty ones. Raises `UserError` for text that is missing, empty, not UTF-8, or cannot be split as asked.
     """
     if data.builtin is not None:
-        if data.heldout_files:
-            raise UserError(f'data.heldout_files: builtin = "{data.builtin}" brings its own held-out text')
         return Corpus(*python_docs())
     documents = _read_documents(data.files, "data.files")
     if data.heldout_files:
@@ -47,7 +45,7 @@ def read_corpus(data: TextData, seed: int) -> Corpus:
         if both:
             raise UserError(f"data.heldout_files: {min(both)} is in data.files too; leave it out of one of them")
         return Corpus(documents, _read_documents(data.heldout_files, "data.heldout_files"))
-    if data.split == "tail":
+    if data.split == "tail" or len(set(documents)) == 1:
         return _split_tail(documents, data.heldout_fraction)
     return _split_documents(documents, data.heldout_fraction, seed)
 
@@ -78,10 +76,6 @@ def gzip_bits_per_byte(texts: Iterable[str]) -> float:
 def _split_documents(documents: Sequence[str], fraction: float, seed: int) -> Corpus:
     copies = Counter(documents)
     distinct = list(copies)  # equal documents must fall on the same side
-    if len(distinct) < 2:
-        raise UserError(
-            'data.split = "document": the text is one document, and whole documents are held out; use split = "tail"'
-        )
     sizes = [len(text) * count for text, count in copies.items()]
     target = fraction * sum(sizes)
     chosen: list[int] = []
@@ -105,7 +99,7 @@ def _split_tail(documents: Sequence[str], fraction: float) -> Corpus:
     text = documents[index]
     cut = text.rfind("\n", 0, position) + 1 or text.find("\n", position) + 1
     if (cut == 0 and index == 0) or (cut == len(text) and index == len(documents) - 1):
-        raise UserError('data.split = "tail": the text has no line break to cut at; use heldout_files')
+        raise UserError("data: the text has no line break where its tail could be held out; give more text")
     train, heldout = [*documents[:index], text[:cut]], [text[cut:], *documents[index + 1 :]]
     corpus = Corpus([part for part in train if part.strip()], [part for part in heldout if part.strip()])
     if not corpus.train or not corpus.heldout:

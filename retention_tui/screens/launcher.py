@@ -79,7 +79,7 @@ class Launcher(Screen[None]):
         yield KeyBar(cast(list[Binding], self.BINDINGS))
 
     def on_mount(self) -> None:
-        self.query_one("#choices").border_title = Content.styled(" profiles and runs ", "bold")
+        self.query_one("#choices").border_title = Content.styled("profiles and runs", "bold")
         self.action_refresh()
 
     # What there is, read in threads

@@ -205,9 +205,11 @@ class RunScreen(Screen[None]):
 
     def on_descendant_focus(self) -> None:
         self._show_keys()
+        self.query_one(Happening).refresh()
 
     def on_descendant_blur(self) -> None:
         self._show_keys()
+        self.query_one(Happening).refresh()
 
     def on_tabbed_content_tab_activated(self, event: TabbedContent.TabActivated) -> None:
         event.stop()

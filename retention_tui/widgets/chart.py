@@ -109,7 +109,7 @@ class Chart(Widget):
 
     def set_title(self, values: Content) -> None:
         """The chart's name with its newest values, above it."""
-        self.border_title = Content.assemble((f" {self.spec.title}  ", "bold"), values)
+        self.border_title = Content.assemble((f"{self.spec.title}  ", "bold"), values)
 
     def on_click(self) -> None:
         self.post_message(self.Selected(self))
@@ -213,17 +213,23 @@ class Chart(Widget):
         grid.colours[height, left - 1 : left + width] = _AXIS
         grid.glyphs[:height, left - 1] = "│"
         grid.write(height, left - 1, "└" + "─" * width)
-        ticks = scale.ticks(max(1, min(6, (height + 1) // 2)))
+        ticks, rows = self._rows(scale, height)
         distance = min((after - before for before, after in pairwise(ticks)), default=abs(ticks[0]) if ticks else 1.0)
-        taken = height + 1
-        for value in ticks:
-            row = height - 1 - min(height - 1, int(float(scale.place(np.array([value]))[0]) * height))
-            if 0 <= row < taken - 1:
-                label = plain_label(value, distance or 1.0)[-_LABEL_WIDTH + 1 :]
-                grid.write(row, left - 2 - len(label), label)
-                grid.write(row, left - 1, "┤")
-                taken = row
+        for value, row in zip(ticks, rows, strict=True):
+            label = plain_label(value, distance or 1.0)[-_LABEL_WIDTH + 1 :]
+            grid.write(row, left - 2 - len(label), label)
+            grid.write(row, left - 1, "┤")
         self._draw_steps(grid, left, width, height)
+
+    @staticmethod
+    def _rows(scale: Scale, height: int) -> tuple[list[float], list[int]]:
+        """Values to label and their rows: as many as leave a row free between any two."""
+        for count in range(max(1, min(6, (height + 1) // 2)), 0, -1):
+            ticks = scale.ticks(count)
+            rows = [height - 1 - min(height - 1, max(0, int(place * height))) for place in scale.place(np.array(ticks))]
+            if all(lower - upper > 1 for lower, upper in pairwise(rows)):
+                return ticks, rows
+        return ticks[:1], rows[:1]
 
     def _draw_steps(self, grid: Grid, left: int, width: int, height: int) -> None:
         start, stop = self._span

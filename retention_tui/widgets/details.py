@@ -16,7 +16,7 @@ from retention_tui import wording
 from retention_tui.history import Series
 from retention_tui.widgets.chart import Chart
 from retention_tui.widgets.header import FAINT, STATE_COLOURS
-from retention_tui.widgets.monitor import LOSS
+from retention_tui.widgets.monitor import LOSS, legend
 
 INTERRUPTED = "interrupted"
 CURVES = ("loss", "val_loss")
@@ -63,13 +63,13 @@ class Details(Vertical):
     def _show(
         self, title: str, facts: Content, series: Mapping[str, Series] | None, span: tuple[float, float] | None
     ) -> None:
-        self.border_title = Content.styled(f" {title} ", "bold")
+        self.border_title = Content.styled(title, "bold")
         self.query_one("#facts", Static).update(facts)
         chart = self.query_one(Chart)
         chart.display = series is not None
         if series is not None and span is not None:
             chart.show(series, span)
-            chart.set_title(Content.styled("━ train  ◆ held-out ", FAINT))
+            chart.set_title(legend(LOSS))
 
 
 def state_colour(state: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 from textual.widget import Widget
+from textual.widgets import Input
 
 from retention_tui import wording
 from retention_tui.progress import Progress, Weight
@@ -30,8 +31,9 @@ class Happening(Widget):
         colour = _COLOURS[entry.weight]
         hint = Content()
         if unread:
-            more = f"{len(unread)} alarms, " if len(unread) > 1 else ""
-            hint = Content.assemble("   ", (f"{more}a", "bold $primary"), (" read", FAINT))
+            more = f"{len(unread)} alarms  " if len(unread) > 1 else ""
+            key = " " if isinstance(self.screen.focused, Input) else "a"  # a letter like any other while one types
+            hint = Content.assemble("   ", (more, FAINT), (key, "bold $primary"), (" read", FAINT))
         said = Content.assemble(
             (wording.clock(entry.time), FAINT), "  ", (("▲ " if unread else "") + entry.text, colour)
         )

@@ -167,12 +167,13 @@ class RunHeader(Widget):
     def _row(self, width: int) -> Content:
         """Names beside values, as many as fit."""
         short = {"learning rate": "lr", "grad norm": "grad", "best": "", "active": ""}
+        narrower = {"held-out": 2, "grad norm": 2, "learning rate": 5}
         line = Content()
         for figure in self._figures():
             name = short.get(figure.name, figure.name)
             if not name:
                 continue
-            room = max(0, figure.width - (2 if figure.name in ("held-out", "grad norm") else 0))
+            room = figure.width - narrower.get(figure.name, 0)
             value = figure.value.pad_right(max(0, room - figure.value.cell_length))
             unit_after = figure.name in ("it/s", "tokens/s")
             shown = (

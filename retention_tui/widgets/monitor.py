@@ -78,12 +78,19 @@ class Monitor(Container):
     def _title(self, chart: Chart) -> Content:
         """A legend in the colours of the lines, with the newest values where there is room for them."""
         spec, metrics = chart.spec, self._progress.metrics
-        names, figures = [], []
+        figures = []
         for trace, colour in zip(spec.traces, _COLOURS, strict=False):
             value = metrics.get(trace.metric)
             said = wording.number(None if value is None else value / spec.unit, 2 if spec.from_zero else 3)
             sign = Content.styled(trace.marker or "━", colour)
-            names.append(Content.assemble(sign, (trace.name, FAINT)))
             figures.append(Content.assemble(sign, (f" {trace.name}".rstrip(), FAINT), f" {said:<5}"))
         whole = Content("  ").join(figures)
-        return whole if whole.cell_length + len(spec.title) + 7 <= chart.size.width else Content(" ").join(names)
+        return whole if whole.cell_length + len(spec.title) + 7 <= chart.size.width else legend(spec)
+
+
+def legend(spec: ChartSpec) -> Content:
+    """The names of a chart's lines, in their colours."""
+    return Content(" ").join(
+        Content.assemble((trace.marker or "━", colour), (trace.name, FAINT))
+        for trace, colour in zip(spec.traces, _COLOURS, strict=False)
+    )

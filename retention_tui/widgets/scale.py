@@ -66,7 +66,7 @@ def plain_label(value: float, distance: float) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:,.0f} k" if distance >= 1000 else f"{value:,.0f}"
     decimals = max(0, math.ceil(-math.log10(distance) - 1e-9)) if distance < 1 else 0
-    if decimals and abs(distance * 10**decimals % 1 - 0.5) < 1e-6:  # a step of 0.25 needs one more
+    if abs(distance * 10**decimals % 1 - 0.5) < 1e-6:  # a step of 2.5 or 0.25 needs one more
         decimals += 1
     return f"{value:,.{min(decimals, 6)}f}" if decimals <= 4 else f"{value:.0e}"
 
