@@ -321,11 +321,15 @@ async def test_any_size_shows_state_step_and_loss(session: Session, tiny: Path) 
             await pilot.resize_terminal(*size)
             for key in ("2", "escape", "3", "1", "n", "z", "question_mark", "escape", "q", "escape", "z"):
                 await pilot.press(key)
+                if key in ("question_mark", "q"):
+                    await until(pilot, lambda: not isinstance(app.screen, RunScreen))
+                if key == "escape":
+                    await until(pilot, lambda: isinstance(app.screen, RunScreen))
             if size != (1, 1):
-                assert "● paused" in seen(app)
+                await until(pilot, lambda: "● paused" in seen(app))
                 assert step_shown(app) == step
                 assert re.search(r"loss\s", seen(app)) and re.search(r"\d\.\d\d", seen(app))
-            assert sum(chart.is_on_screen for chart in app.screen.query(Chart)) == charts, size
+            await until(pilot, lambda n=charts: sum(chart.is_on_screen for chart in app.screen.query(Chart)) == n)
 
 
 async def pause(pilot: Pilot[str]) -> None:

@@ -99,7 +99,7 @@ def _split_tail(documents: Sequence[str], fraction: float) -> Corpus:
     text = documents[index]
     cut = text.rfind("\n", 0, position) + 1 or text.find("\n", position) + 1
     if (cut == 0 and index == 0) or (cut == len(text) and index == len(documents) - 1):
-        raise UserError("data: the text has no line break where its tail could be held out; give more text")
+        raise UserError("data.files: the text has no line break where its tail could be held out; give more text")
     train, heldout = [*documents[:index], text[:cut]], [text[cut:], *documents[index + 1 :]]
     corpus = Corpus([part for part in train if part.strip()], [part for part in heldout if part.strip()])
     if not corpus.train or not corpus.heldout:
