@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.backend import mx
+from engine.durable import sync, write_json
 from engine.errors import UserError
-from engine.store import RunDirectory, sync, write_json
+from engine.store import RunDirectory
 
 CHECKPOINT_FORMAT = 1
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -62,4 +62,15 @@ class CancelGeneration:
     answer: str
 
 
-Command = Pause | Resume | Checkpoint | Validate | Stop | Generate | CancelGeneration
+@dataclass(frozen=True, slots=True)
+class Set:
+    """Change a setting of the running profile from the next step on: `Set("train.learning_rate", "1e-4")`.
+
+    Only what can change without making it another run; a notice or an alarm says what came of it.
+    """
+
+    key: str
+    value: str
+
+
+Command = Pause | Resume | Checkpoint | Validate | Stop | Generate | CancelGeneration | Set

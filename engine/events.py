@@ -114,6 +114,40 @@ class Notice(Event):
     text: str
 
 
+class Level(StrEnum):
+    """How hard memory is to get on this machine, as macOS's Activity Monitor colours it."""
+
+    GREEN = "green"
+    YELLOW = "yellow"
+    RED = "red"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading(Event):
+    """What one look at the machine found, once a second. None is unknown, never zero."""
+
+    kind: ClassVar[str] = "host"
+    level: Level | None = None
+    """The worst that any sign of memory pressure says."""
+    cause: str = ""
+    """In words, which sign that was, where it is not green: `cgroup at 96 % of 1.0 GB`."""
+    limit_bytes: int | None = None
+    """What this process may use at most: the machine's memory, or less in a control group."""
+    available_bytes: int | None = None
+    """What can still be had below that limit without swapping."""
+    swap_bytes: int | None = None
+    stalled_percent: float | None = None
+    """Time in which some task waited for memory, of the last ten seconds (Linux: PSI, `some avg10`)."""
+    gpu_bytes: int | None = None
+    gpu_limit_bytes: int | None = None
+    process_bytes: int | None = None
+    heat: str | None = None
+    """`nominal`, `fair`, `serious` or `critical`, as macOS names it."""
+    on_mains: bool | None = None
+    battery_percent: float | None = None
+    lid_closed: bool | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerStarted(Event):
     """An answer began with the weights of `step` and keeps them to its end."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.checkpoint import choose_checkpoint
 from engine.commands import Generate
-from engine.store import find_run
+from engine.runs import find_run
 from engine.tasks.retention_lm import load_speaker, speak
 
 

@@ -4,7 +4,7 @@
     runs/NAME/run.sqlite      attempts, metrics and events (WAL; `PRAGMA user_version` is the schema's version)
     runs/NAME/checkpoints/    see engine.checkpoint
     runs/NAME/log.txt         what was said, and whatever libraries printed
-    runs/NAME/lock            held with flock by the process that trains
+    runs/NAME/lock            held with flock by the process that trains (engine.runs)
 
 A run that is resumed goes on in a new *attempt*. The view `curve` is the current line: the newest attempt, before it
 its parent up to the step where it began, and so on; rows that were left behind stay in the file.
@@ -13,28 +13,30 @@ its parent up to the step where it began, and so on; rows that were left behind 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
-import os
-import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.durable import write_json
 from engine.errors import UserError
-from engine.events import Event, State, to_json
+from engine.events import Event, Level, Reading, State, to_json
 
 RUN_FORMAT = 1
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _PATIENCE_MILLISECONDS = 200  # training waits meanwhile, and rows can wait in memory
 _LAST_PATIENCE_MILLISECONDS = 5000
+_READINGS = tuple(field.name for field in dataclasses.fields(Reading) if field.name != "time")
+_HOST = f"CREATE TABLE host (time REAL PRIMARY KEY, {', '.join(_READINGS)}) WITHOUT ROWID;"
 _SCHEMA = f"""
 CREATE TABLE attempt (
     id INTEGER PRIMARY KEY, parent INTEGER REFERENCES attempt, from_step INTEGER NOT NULL, total_steps INTEGER NOT NULL,
@@ -46,6 +48,7 @@ CREATE TABLE value (
 CREATE TABLE event (
     id INTEGER PRIMARY KEY, attempt INTEGER REFERENCES attempt, time REAL NOT NULL, kind TEXT NOT NULL,
     body TEXT NOT NULL);
+{_HOST}
 CREATE VIEW line AS
     WITH RECURSIVE line(attempt, from_step, until_step) AS (
         SELECT id, from_step, 9223372036854775807 FROM attempt WHERE id = (SELECT max(id) FROM attempt)
@@ -191,6 +194,14 @@ class RunDirectory:
                 return []
             return [json.loads(row[0]) for row in database.execute("SELECT body FROM event ORDER BY id")]
 
+    def readings(self, since: float = 0.0) -> list[Reading]:
+        """What was read of the machine from a moment on (seconds since the epoch), oldest first."""
+        with self.reader() as database:
+            if database is None or _schema_version(database, self.database_path) < 2:
+                return []
+            query = f"SELECT time, {', '.join(_READINGS)} FROM host WHERE time >= ? ORDER BY time"
+            return [_reading(row) for row in database.execute(query, (since,))]
+
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
         with self.reader() as database:
@@ -261,8 +272,11 @@ class StoreWriter:
         self.attempt = self._parent = self._from_step = 0
         try:
             self._database = sqlite3.connect(run.database_path, timeout=10, isolation_level=None)
-            if _schema_version(self._database, run.database_path) == 0:
+            version = _schema_version(self._database, run.database_path)
+            if version == 0:
                 self._database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            elif version == 1:
+                self._database.executescript(f"BEGIN; {_HOST} PRAGMA user_version = 2; COMMIT;")
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(f"PRAGMA busy_timeout = {_PATIENCE_MILLISECONDS}")
@@ -310,6 +324,12 @@ class StoreWriter:
             (self.attempt or None, event.time, event.kind, to_json(event)),
         )
 
+    def record_reading(self, reading: Reading) -> None:
+        """Adds what was read of the machine; of two readings of one moment the later one stays."""
+        row = (reading.time, *(getattr(reading, name) for name in _READINGS))
+        marks = ", ".join("?" * len(row))
+        self._add(f"INSERT OR REPLACE INTO host (time, {', '.join(_READINGS)}) VALUES ({marks})", row)
+
     def flush(self) -> str | None:
         """Writes what is waiting, in one transaction. Returns None, or why it could not be written yet."""
         if not self._pending:
@@ -337,109 +357,17 @@ class StoreWriter:
         self._pending.append((statement, row))
 
 
-class RunLock:
-    """The right to train in a run directory: an flock, so it ends with the process that holds it."""
-
-    def __init__(self, run: RunDirectory) -> None:
-        try:
-            self._file: IO[bytes] = run.lock_path.open("ab")
-        except OSError as error:
-            raise UserError(f"{run.lock_path} cannot be written: {error.strerror or error}") from None
-        deadline = time.monotonic() + 1.0
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:  # shorter: someone only looked whether the run is live
-                    self._file.close()
-                    raise UserError(
-                        f"run {run.name} is being trained by another process; stop that one first"
-                    ) from None
-                time.sleep(0.02)
-
-    def release(self) -> None:
-        self._file.close()
-
-
-_NAME = re.compile(r"[^\s/\\\x00-\x1f.][^/\\\x00-\x1f]{0,99}")
-
-
-def create_run(folder: Path, profile_name: str, identity: Mapping[str, Any], name: str | None = None) -> RunDirectory:
-    """Makes the directory of a new run and writes its run.json.
-
-    Without a name the run is called after its profile: PROFILE, PROFILE-2, PROFILE-3 …
-    Raises `UserError` where the name is taken or cannot be a folder's name, or the folder cannot be written.
-    """
-    if name is not None and not _NAME.fullmatch(name):
-        raise UserError(f"run name {name!r} cannot be used: no slash, no leading dot or space, at most 100 characters")
-    number = 1
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            candidate = name or (profile_name if number == 1 else f"{profile_name}-{number}")
-            run = RunDirectory(folder / candidate)
-            try:
-                run.path.mkdir()
-                break
-            except FileExistsError:
-                if name is not None:
-                    raise UserError(
-                        f"run {name} exists already in {folder}; choose another --name, "
-                        f"or go on with it: retention-tui resume {name}"
-                    ) from None
-                number += 1
-        head = {"format": RUN_FORMAT, "name": run.name, "profile_name": profile_name}
-        write_json(run.identity_path, {**head, **identity})
-    except OSError as error:
-        raise UserError(f"runs folder {folder} cannot be written: {error.strerror or error}") from None
-    return run
-
-
-def find_run(folder: Path, name_or_path: str) -> RunDirectory:
-    """A run given by name (in `folder`) or by path. Raises `UserError` naming what there is."""
-    for path in (folder / name_or_path, Path(name_or_path)):
-        if (path / "run.json").is_file():
-            return RunDirectory(path.resolve())
-    names = [summary.name for summary in list_runs(folder)]
-    known = f"there are {', '.join(names[:8])}" if names else "there are no runs yet"
-    raise UserError(f"run {name_or_path!r} is not in {folder}; {known}")
-
-
-def list_runs(folder: Path) -> list[RunSummary]:
-    """All readable runs of a folder, the most recently written first."""
-    summaries = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(UserError, KeyError, TypeError, ValueError, OSError):
-            summaries.append(RunDirectory(path).summary())
-    return sorted(summaries, key=lambda summary: summary.updated, reverse=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all: to a neighbour, synced, then renamed."""
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
-    with neighbour.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        sync(file.fileno())
-    neighbour.replace(path)
-
-
-def sync(descriptor: int) -> None:
-    """Waits until a file or folder is on the medium. On macOS a plain fsync ends at the drive's cache."""
-    if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
-        with contextlib.suppress(OSError):  # not every file system has it
-            fcntl.fcntl(descriptor, full)
-            return
-    os.fsync(descriptor)
-
-
 def _schema_version(database: sqlite3.Connection, path: Path) -> int:
     version: int = database.execute("PRAGMA user_version").fetchone()[0]
     if version > SCHEMA_VERSION:
         raise UserError(f"{path} has schema {version}; this release reads up to {SCHEMA_VERSION}")
     return version
+
+
+def _reading(row: tuple[Any, ...]) -> Reading:
+    values = dict(zip(("time", *_READINGS), row, strict=True))
+    flags = {name: None if values[name] is None else bool(values[name]) for name in ("on_mains", "lid_closed")}
+    return Reading(**{**values, **flags, "level": None if values["level"] is None else Level(values["level"])})
 
 
 def _number(value: float | None, is_nan: int) -> float:

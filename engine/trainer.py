@@ -93,7 +93,7 @@ class Trainer:
         self._update = Update(self._task, profile.train, ranks, self._dtype, compiled=on_gpu())
         self._answers = Answers(self._task, journal.say, lambda: (self._update.parameters, self.progress.step))
         self._controls = Controls(inbox, self._answers.ask, self._answers.cancel)
-        self._guard = DivergenceGuard(profile.guard.nan_steps)
+        self._guard = DivergenceGuard(profile.guard.divergence.skips + 1)
         self.progress = Progress()
         self._val_loss: tuple[int, float] | None = None
         self._validating = False

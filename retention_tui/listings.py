@@ -13,8 +13,9 @@ from typing import IO, Any
 
 from engine.errors import UserError
 from engine.events import plain
-from engine.profile import list_profiles
-from engine.store import RunDirectory, RunSummary, find_run, list_runs
+from engine.profile_files import list_profiles
+from engine.runs import find_run, list_runs
+from engine.store import RunDirectory, RunSummary
 
 
 def print_profiles(as_json: bool) -> None:

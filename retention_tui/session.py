@@ -12,8 +12,10 @@ from pathlib import Path
 from engine.commands import Command, Stop
 from engine.errors import ExitCode, UserError
 from engine.events import Event, RunEnded
-from engine.profile import Profile, find_profile, load_profile, validate_profile
-from engine.store import RunDirectory, RunLock, create_run, find_run
+from engine.profile import Profile
+from engine.profile_files import find_profile, load_profile, validate_profile
+from engine.runs import RunLock, create_run, find_run
+from engine.store import RunDirectory
 from engine.worker import Engine
 
 _LAST_BREATH_SECONDS = 1.0

@@ -14,7 +14,8 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import engine.backend  # noqa: F401  (the fast BLAS must be loaded before anything imports MLX)
-from engine.profile import Profile, load_profile
+from engine.profile import Profile
+from engine.profile_files import load_profile
 
 TINY = """
 kind = "retention-lm"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from engine.backend import mx
-from engine.profile import load_profile
+from engine.profile_files import load_profile
 from engine.ranks import Ranks
 from engine.tasks import make_task
 from engine.update import Update

@@ -17,7 +17,8 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.errors import UserError
-from engine.store import RunDirectory, StoreWriter, create_run
+from engine.runs import create_run
+from engine.store import RunDirectory, StoreWriter
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from engine.generate import generate, sample
 from engine.models.power_retention import PowerRetention
 from engine.models.retention_lm import RetentionLM, RetentionLMConfig
 from engine.ops.losses import linear_cross_entropy_sum
-from engine.profile import load_profile
+from engine.profile_files import load_profile
 from engine.tasks.retention_lm import model_config
 
 import mlx.nn as nn

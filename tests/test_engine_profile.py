@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from engine.errors import UserError
-from engine.profile import (
-    Profile,
+from engine.profile import Profile
+from engine.profile_files import (
     find_profile,
     list_profiles,
     load_profile,

@@ -36,7 +36,8 @@ from engine.events import (
 )
 from engine.guards.divergence import DivergenceGuard, Verdict
 from engine.profile import Profile
-from engine.store import RunDirectory, create_run
+from engine.runs import create_run
+from engine.store import RunDirectory
 from engine.worker import Engine, Mailbox
 
 PATIENCE_SECONDS = 60

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.store import SCHEMA_VERSION, RunDirectory, RunLock, StoreWriter, create_run, list_runs
+from engine.runs import RunLock, create_run, list_runs
+from engine.store import SCHEMA_VERSION, RunDirectory, StoreWriter
 
 IDENTITY = {"profile": {"kind": "retention-lm"}}
 

@@ -15,7 +15,8 @@ from textual.pilot import Pilot
 from textual.widgets import Input, OptionList
 
 from engine.events import State
-from engine.store import RunDirectory, list_runs
+from engine.runs import list_runs
+from engine.store import RunDirectory
 from retention_tui.app import RetentionApp
 from retention_tui.screens.launcher import Launcher
 from retention_tui.screens.quit import Question

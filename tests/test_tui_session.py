@@ -10,7 +10,8 @@ import pytest
 
 from engine.errors import ExitCode, UserError
 from engine.events import RunEnded, RunOpened, StepCompleted
-from engine.store import RunDirectory, RunLock
+from engine.runs import RunLock
+from engine.store import RunDirectory
 from retention_tui.session import LocalClient, Session
 
 LONG = ["train.steps=100000"]

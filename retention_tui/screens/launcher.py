@@ -23,8 +23,10 @@ from textual.worker import get_current_worker
 
 from engine.errors import UserError
 from engine.events import State
-from engine.profile import Profile, ProfileFile, list_profiles, load_profile
-from engine.store import RunDirectory, RunSummary, list_runs
+from engine.profile import Profile
+from engine.profile_files import ProfileFile, list_profiles, load_profile
+from engine.runs import list_runs
+from engine.store import RunDirectory, RunSummary
 from retention_tui import wording
 from retention_tui.history import Series
 from retention_tui.screens.help import Help

@@ -33,7 +33,7 @@ def settings(steps: int) -> list[str]:
 def train_bare(steps: int) -> dict[str, float]:
     from engine.backend import compute_dtype, on_gpu
     from engine.optimizer import learning_rate
-    from engine.profile import load_profile
+    from engine.profile_files import load_profile
     from engine.ranks import Ranks
     from engine.tasks import make_task
     from engine.update import Update

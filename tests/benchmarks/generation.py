@@ -16,7 +16,7 @@ from time import perf_counter
 from engine.backend import BLAS, device_words, mx
 from engine.generate import generate
 from engine.models.retention_lm import RetentionLM
-from engine.profile import load_profile
+from engine.profile_files import load_profile
 from engine.tasks.retention_lm import model_config
 
 PIECE_TOKENS = 25
