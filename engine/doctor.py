@@ -17,8 +17,10 @@ from typing import Literal
 import psutil
 
 from engine.backend import BLAS, REFERENCE_BLAS, device_words, mx, on_gpu
+from engine.config import config_path, load_config
 from engine.cores import usable_cores
 from engine.data.text_dataset import cache_folder
+from engine.errors import UserError
 
 _FAST_BLAS = "pip install scipy-openblas32==0.3.23.293.2, or on Debian and Ubuntu: apt install libopenblas0-pthread"
 _CPU_BACKEND = "mlx-cpu"
@@ -52,6 +54,7 @@ def diagnose(runs_folder: Path) -> list[Finding]:
         _disk(runs_folder),
         _writable("runs folder", runs_folder, "choose another one with --runs-dir or $RETENTION_TUI_RUNS"),
         _writable("data cache", cache_folder(), "choose another one with $RETENTION_TUI_CACHE"),
+        _config(),
         _terminal(),
         Finding("screen", ", ".join(f"{name} {_version(name) or 'missing'}" for name in ("textual", "plotext"))),
     ]
@@ -172,6 +175,16 @@ def _writable(name: str, folder: Path, advice: str) -> Finding:
 def _nearest_folder(path: Path) -> Path:
     """The path itself, or the first of its parents that exists."""
     return next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
+
+
+def _config() -> Finding:
+    try:
+        hooks = load_config().hooks.commands()
+    except UserError as error:
+        return Finding("config", str(error), "problem", "mend it: no run starts with it")
+    if hooks:
+        return Finding("config", f"{config_path()}, with hooks on {', '.join(hooks)}")
+    return Finding("config", f"{config_path()} {'has no hooks' if config_path().exists() else 'would be its place'}")
 
 
 def _terminal() -> Finding:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.commands import Command, Stop
+from engine.config import Hooks, load_config
 from engine.errors import ExitCode, UserError
 from engine.events import Event, RunEnded
+from engine.hooks import HookRunner
 from engine.profile import Profile
 from engine.profile_files import find_profile, load_profile, validate_profile
 from engine.runs import RunLock, create_run, find_run
@@ -59,6 +61,7 @@ class Session:
         self._lock: RunLock | None = None
         self._signal: int | None = None
         self._new = False
+        self._hooks = Hooks()
         self._starting, self._owning = threading.Lock(), threading.Lock()
 
     def start(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> LocalClient:
@@ -128,6 +131,7 @@ class Session:
             if engine is not None and engine.join(_LAST_BREATH_SECONDS) is None:
                 raise UserError(f"run {engine.run.name} is being trained here already; stop that one first")
             self._settle()
+            self._hooks = load_config().hooks
             yield
         finally:
             self._starting.release()
@@ -138,8 +142,11 @@ class Session:
             self._new = resume_from is None
             self._engine = Engine(run, profile, resume_from)
             self.client = LocalClient(self._engine)
+            hooks = HookRunner(self._hooks, run, self._engine.subscribe()) if self._hooks.commands() else None
             self.on_launch(run)
             self._engine.start()
+            if hooks is not None:
+                hooks.start()
         if self._signal:  # it came while this run was being prepared
             self._engine.send(Stop(reason=f"stopped by {signal.Signals(self._signal).name}"))
         return self.client

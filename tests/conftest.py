@@ -50,9 +50,13 @@ keep = 2
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Packed text goes to a folder of this session, also in the processes that tests start."""
+    """What is kept beside runs goes to a folder of this session, also in the processes that tests start."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "config.toml").touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RETENTION_TUI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RETENTION_TUI_CACHE", str(folder))
+        patch.setenv("RETENTION_TUI_STATE", str(folder))
+        patch.setenv("RETENTION_TUI_CONFIG", str(folder / "config.toml"))
         yield
 
 
