@@ -9,6 +9,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from engine.control_groups import group_folders
+
 
 def usable_cores() -> int:
     """The cores that this process may keep busy, at least 1; ranks on one machine share them."""
@@ -25,27 +27,11 @@ def quota_cores(root: Path = Path("/")) -> int | None:
     cgroup-v2.rst, `cpu.max`; scheduler/sched-bwc.rst for version 1). `root` is where /proc and /sys are.
     """
     quotas: list[float] = []
-    for mount, group in _groups(root):
-        for folder in (mount / group, *(mount / group).parents):
+    for folders in group_folders("cpu", root):
+        for folder in folders:
             with suppress(OSError, ValueError, ZeroDivisionError):
                 quotas += _quota(folder)
-            if folder == mount:
-                break
     return max(1, math.ceil(min(quotas))) if quotas else None
-
-
-def _groups(root: Path) -> list[tuple[Path, str]]:
-    """Where control groups are mounted, and this process's own below: of version 2, and of version 1's CPU part."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    groups = []
-    for line in lines:  # 0::/user.slice or 4:cpu,cpuacct:/docker/1f0c
-        _, controllers, group = line.split(":", 2)
-        if not controllers or "cpu" in controllers.split(","):
-            groups.append((root / "sys/fs/cgroup" / controllers, group.strip("/")))
-    return groups
 
 
 def _quota(folder: Path) -> list[float]:

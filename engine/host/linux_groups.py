@@ -1,0 +1,121 @@
+"""The memory of this process's control groups on Linux."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.control_groups import group_folders
+from engine.events import Level
+from engine.host.signs import Sign, known, room
+
+_NO_LIMIT_BYTES = 1 << 60
+"""Version 1 says 2⁶³, rounded down to a page, where there is no limit."""
+_RECLAIM_HURTS_SHARE = 0.10
+
+
+@dataclass(frozen=True)
+class Group:
+    """A control group with a limit, as it is now."""
+
+    limit_bytes: int
+    available_bytes: int
+    swap_bytes: int | None
+    met_limit: bool
+    """Since the last look it was at its limit, and something had to go before memory was given."""
+    ran_out: bool
+    """Since the last look nothing could go: a process was killed, or is about to be."""
+
+    def sign(self) -> Sign:
+        """What it says of memory pressure."""
+        if self.ran_out:
+            return Sign(Level.RED, f"control group of {self.limit_bytes / 1e9:.1f} GB ran out of memory")
+        # A group that reads files meets its limit all the time, and pays with cache that it can spare.
+        if self.met_limit and self.available_bytes < _RECLAIM_HURTS_SHARE * self.limit_bytes:
+            return Sign(Level.RED, f"control group met its limit of {self.limit_bytes / 1e9:.1f} GB")
+        return room("control group", self.limit_bytes, self.available_bytes)
+
+
+class _Counts(NamedTuple):
+    """Events of a group since it was made."""
+
+    met_limit: int
+    ran_out: int
+
+
+class MemoryGroups:
+    """Reads the groups that this process is in, of version 1 or 2, whichever has the memory controller.
+
+    Each look asks anew which they are, because a process can be moved. `root` is where /proc and /sys are.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._counts: dict[Path, _Counts] = {}
+
+    def read(self) -> list[Group]:
+        """The groups with a limit: its own first, then those around it."""
+        groups = []
+        for folder in self._folders():
+            group = known(lambda folder=folder: self._group(folder))  # type: ignore[misc]
+            if group is not None:
+                groups.append(group)
+        return groups
+
+    def pressure_file(self) -> Path:
+        """Where version 2 says how long the tasks of its own group waited for memory. `OSError` without one."""
+        for folder in self._folders():
+            if (folder / "memory.current").exists():  # the root of all groups has none, and says what the machine says
+                return folder / "memory.pressure"
+        raise FileNotFoundError("memory.pressure")
+
+    def _folders(self) -> list[Path]:
+        return [folder for folders in group_folders("memory", self._root) for folder in folders]
+
+    def _group(self, folder: Path) -> Group | None:
+        version_2 = (folder / "memory.max").exists()
+        limit = _limit_of_version_2(folder) if version_2 else int((folder / "memory.limit_in_bytes").read_text())
+        if limit is None or limit >= _NO_LIMIT_BYTES:
+            return None
+        used = int((folder / ("memory.current" if version_2 else "memory.usage_in_bytes")).read_text())
+        statistics = _table(folder / "memory.stat")
+        total = "" if version_2 else "total_"  # version 1 tells a group's own pages from those of all below it
+        # The kernel gives the inactive file cache back first, and keeps the active one at about the same size.
+        cache = statistics[f"{total}inactive_file"] + statistics.get(f"{total}active_file", 0) // 2
+        if version_2:
+            swap = known(lambda: int((folder / "memory.swap.current").read_text()))
+        else:
+            swap = statistics.get("total_swap")
+        counts = known(lambda: _counts_of_version_2(folder) if version_2 else _counts_of_version_1(folder))
+        before = self._counts.get(folder)
+        if counts is not None:
+            self._counts[folder] = counts
+        return Group(
+            limit_bytes=limit,
+            available_bytes=min(limit, max(0, limit - used + cache)),
+            swap_bytes=swap,
+            met_limit=counts is not None and before is not None and counts.met_limit > before.met_limit,
+            ran_out=counts is not None and before is not None and counts.ran_out > before.ran_out,
+        )
+
+
+def _limit_of_version_2(folder: Path) -> int | None:
+    """The hard limit, or the one above which the kernel slows a group down, whichever is met first."""
+    limits = [(folder / name).read_text().strip() for name in ("memory.max", "memory.high") if (folder / name).exists()]
+    return min([int(limit) for limit in limits if limit != "max"], default=None)
+
+
+def _counts_of_version_2(folder: Path) -> _Counts:
+    events = _table(folder / "memory.events")
+    return _Counts(events["max"] + events.get("high", 0), events.get("oom", 0) + events.get("oom_kill", 0))
+
+
+def _counts_of_version_1(folder: Path) -> _Counts:
+    events = known(lambda: _table(folder / "memory.oom_control")) or {}
+    return _Counts(int((folder / "memory.failcnt").read_text()), events.get("oom_kill", 0) + events.get("under_oom", 0))
+
+
+def _table(file: Path) -> dict[str, int]:
+    """A file of lines of a name and a number."""
+    return {name: int(number) for name, number in (line.split() for line in file.read_text().splitlines())}
