@@ -8,9 +8,10 @@ from pathlib import Path
 def group_folders(controller: str, root: Path = Path("/")) -> list[list[Path]]:
     """In each hierarchy that may hold `controller` (`cpu`, `memory`): this process's group and all around it.
 
-    The innermost comes first, the folder that is mounted last. A limit binds a group and all below it, so each of them counts (Linux: Documentation/admin-guide/cgroup-v2.rst,
-    cgroup-v1/). In a container the group's path may be the host's, so that only the mount itself exists; folders are
-    named here whether they exist or not. `root` is where /proc and /sys are. Empty where there are no groups.
+    The innermost comes first, the folder that is mounted last. A limit binds a group and all below it, so each of them
+    counts (Linux: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/). In a container the group's path may be the
+    host's, so that only the mount itself exists; folders are named here whether they exist or not. `root` is where
+    /proc and /sys are. Empty where there are no groups.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
