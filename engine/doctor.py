@@ -9,36 +9,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
-
-import psutil
 
 from engine.backend import BLAS, REFERENCE_BLAS, device_words, mx, on_gpu
 from engine.config import config_path, load_config
 from engine.cores import usable_cores
 from engine.data.text_dataset import cache_folder
 from engine.errors import UserError
+from engine.finding import Finding
+from engine.host.findings import host_findings
 
 _FAST_BLAS = "pip install scipy-openblas32==0.3.23.293.2, or on Debian and Ubuntu: apt install libopenblas0-pthread"
 _CPU_BACKEND = "mlx-cpu"
 _CUDA_BACKENDS = ("mlx-cuda-13", "mlx-cuda-12")
 _SLOW_GFLOPS_A_THREAD = 15  # the reference BLAS does 6 in all, OpenBLAS 50 and more a core
 _THREADS_COUNTED = 4  # the product is too small to keep many more of them busy
-_LITTLE_MEMORY_BYTES = 1e9
 _LITTLE_DISK_BYTES = 2e9
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. `advice` says what to do, where something is to be done."""
-
-    name: str
-    value: str
-    status: Literal["ok", "warning", "problem"] = "ok"
-    advice: str = ""
 
 
 def diagnose(runs_folder: Path) -> list[Finding]:
@@ -50,7 +37,7 @@ def diagnose(runs_folder: Path) -> list[Finding]:
         *_gpu(),
         _blas(),
         _matmul(),
-        _memory(),
+        *host_findings(),
         _disk(runs_folder),
         _writable("runs folder", runs_folder, "choose another one with --runs-dir or $RETENTION_TUI_RUNS"),
         _writable("data cache", cache_folder(), "choose another one with $RETENTION_TUI_CACHE"),
@@ -141,14 +128,6 @@ def _threads() -> int:
 
 def _thread_words() -> str:
     return "1 thread" if _threads() == 1 else f"{_threads()} threads"
-
-
-def _memory() -> Finding:
-    memory = psutil.virtual_memory()
-    value = f"{_gigabytes(memory.total)}, {_gigabytes(memory.available)} of it available"
-    if memory.available < _LITTLE_MEMORY_BYTES:
-        return Finding("memory", value, "warning", "close what else is open before training")
-    return Finding("memory", value)
 
 
 def _disk(runs_folder: Path) -> Finding:

@@ -29,8 +29,9 @@ class NvidiaMemory:
     def __init__(self, programs: Programs, library: str = _LIBRARY) -> None:
         self._programs = programs
         self._gpu = _first_visible()
-        self._device: ctypes.c_void_p | None = None
-        self._nvml = _load(library)
+        self._library: str | None = library
+        self._nvml: ctypes.CDLL | None = None
+        self._device = ctypes.c_void_p()
 
     def read(self) -> GpuMemory:
         """What all processes use of it, and what it has. Raises where there is none, or it does not say."""
@@ -40,10 +41,11 @@ class NvidiaMemory:
             return self._ask_program()
 
     def _ask_library(self) -> GpuMemory:
+        if self._library is not None:  # tried once, and here, because loading it takes a while
+            library, self._library = self._library, None
+            self._nvml, self._device = _open(library, self._gpu)
         if self._nvml is None:
             raise OSError("no NVML")
-        if self._device is None:
-            self._device = _device(self._nvml, self._gpu)
         memory = _Memory()
         _check(self._nvml.nvmlDeviceGetMemoryInfo(self._device, ctypes.byref(memory)))
         return GpuMemory(memory.used, memory.total)
@@ -59,22 +61,14 @@ def _first_visible() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip() or "0"
 
 
-def _load(library: str) -> ctypes.CDLL | None:
-    try:
-        nvml = ctypes.CDLL(library)
-        _check(nvml.nvmlInit_v2())
-    except (OSError, AttributeError):
-        return None
-    return nvml
-
-
-def _device(nvml: ctypes.CDLL, gpu: str) -> ctypes.c_void_p:
-    device = ctypes.c_void_p()
+def _open(library: str, gpu: str) -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+    nvml, device = ctypes.CDLL(library), ctypes.c_void_p()
+    _check(nvml.nvmlInit_v2())
     if gpu.isdecimal():
         _check(nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(gpu)), ctypes.byref(device)))
     else:
         _check(nvml.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(device)))
-    return device
+    return nvml, device
 
 
 def _check(code: int) -> None:
