@@ -13,6 +13,7 @@ from engine.commands import Command, Stop
 from engine.config import Hooks, load_config
 from engine.errors import ExitCode, UserError
 from engine.events import Event, RunEnded
+from engine.host.mlx_variables import set_mlx_variables
 from engine.hooks import HookRunner
 from engine.profile import Profile
 from engine.profile_files import find_profile, load_profile, validate_profile
@@ -67,6 +68,7 @@ class Session:
     def start(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> LocalClient:
         """Starts a new run of a profile. Raises `UserError` in one line."""
         resolved = load_profile(profile, overrides)
+        set_mlx_variables(resolved.host)  # before anything loads MLX; the run says what of it could not be
         with self._starting_alone():
             run = create_run(self.runs_folder, find_profile(profile).stem, _identity(resolved), name)
             return self._launch(run, resolved, None)
@@ -75,6 +77,7 @@ class Session:
         """Goes on with a run from its latest checkpoint or another step. Raises `UserError` in one line."""
         found = find_run(self.runs_folder, run)
         resolved = validate_profile(found.identity()["profile"], where=str(found.identity_path))
+        set_mlx_variables(resolved.host)
         if which != "latest":
             from engine.checkpoint import choose_checkpoint  # loads MLX
 
@@ -152,6 +155,7 @@ class Session:
         return self.client
 
     def _assist(self, path: Path, profile: Profile) -> None:
+        set_mlx_variables(profile.host)
         self._engine = Engine(RunDirectory(path), profile, assists=True)
         self._engine.start()
 
