@@ -114,6 +114,25 @@ def generate(
 
 
 @cli.command()
+def queue(
+    profiles: Annotated[list[str] | None, typer.Argument(metavar="PROFILE…", help="names or files, in order")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
+    go_on: Annotated[bool, typer.Option("--continue", help="go on with the queue that was stopped or killed")] = False,
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Train profiles one after the other, each in a process of its own."""
+    from retention_tui.run_queue import Queue, new_queue, unfinished_queue
+
+    if go_on == bool(profiles):
+        raise UserError("queue: give it profiles in a row, or --continue for the one that was stopped")
+    record = unfinished_queue(runs_dir) if go_on else new_queue(runs_dir, profiles or (), overrides or ())
+    if record is None:
+        print(f"nothing is left to do of the newest queue in {runs_dir}")
+    else:
+        raise SystemExit(Queue(record, runs_dir).work())
+
+
+@cli.command()
 def runs(runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
     """List the runs."""
     listings.print_runs(runs_dir, as_json)

@@ -1,0 +1,211 @@
+"""The queue: real processes, one after the other, that are stopped, killed and left alone by their terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.store import RunDirectory
+
+COMMAND = [sys.executable, "-m", "retention_tui", "queue"]
+QUICK = ["--set", "validate.every=0", "--set", "checkpoint.every=0", "--set", "model.layers=1"]
+LONG = [*QUICK, "--set", "train.steps=1000000"]
+
+
+class Started:
+    """A queue at work in `folder`."""
+
+    def __init__(self, folder: Path, *arguments: str | Path, **options: Any) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments), "--runs-dir", str(folder)],
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        )
+
+    def entries(self) -> list[dict[str, Any]]:
+        (path,) = self.folder.glob("queue-*.json")
+        entries: list[dict[str, Any]] = json.loads(path.read_text())["entries"]
+        return entries
+
+    def states(self) -> list[str]:
+        return [entry["state"] for entry in self.entries()] if list(self.folder.glob("queue-*.json")) else []
+
+    def wait_for_step(self, run: str, step: int = 3) -> None:
+        directory = RunDirectory(self.folder / run)
+
+        def reached() -> bool:
+            assert self.process.poll() is None, self.process.communicate()
+            return directory.database_path.exists() and (directory.last("loss") or (0,))[0] >= step
+
+        wait_for(reached)
+
+    def end(self) -> tuple[int, str, str]:
+        output, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, (output or b"").decode(), (errors or b"").decode()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
+
+    def start(*arguments: str | Path, **options: Any) -> Started:
+        started.append(Started(tmp_path / "runs", *arguments, **options))
+        return started[-1]
+
+    yield start
+    for queue in started:
+        family = [queue.process.pid, *(child.pid for child in children(queue))]
+        for pid in family:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ValueError):  # read to its end already
+            queue.process.communicate()
+
+
+def children(queue: Started) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(queue.process.pid).children()
+    return []
+
+
+def profile(tiny: Path, name: str, change: Callable[[str], str] = lambda text: text) -> Path:
+    path = tiny.with_name(f"{name}.toml")
+    path.write_text(change(tiny.read_text()))
+    return path
+
+
+def test_one_after_the_other_whatever_becomes_of_each(start: Callable[..., Started], tiny: Path) -> None:
+    """The second fails, in a process of its own; the exit code is its."""
+    broken = profile(tiny, "broken", lambda text: text.replace('"text"', '"nowhere"'))
+    queue = start(tiny, broken, tiny, "--set", "train.steps=2")
+    code, output, errors = queue.end()
+    assert (code, errors) == (2, "")
+    assert queue.states() == ["finished", "failed", "finished"]
+    first, second, third = queue.entries()
+    assert [entry["run"] for entry in (first, third)] == ["tiny", "tiny-2"]
+    assert "nowhere" in second["reason"] and second["exit_code"] == 2
+    assert first["ended"] <= second["started"] <= second["ended"] <= third["started"]
+    for name in ("tiny", "tiny-2"):
+        assert RunDirectory(queue.folder / name).summary().state == "finished"
+        assert (RunDirectory(queue.folder / name).last("loss") or (0,))[0] == 2
+    assert not (queue.folder / "broken").exists()
+    last = output.splitlines()[-4:]
+    assert "2 finished, 1 failed" in last[0]
+    assert [line.split()[:2] for line in last[1:]] == [
+        ["finished", "tiny"],
+        ["failed", "broken"],
+        ["finished", "tiny-2"],
+    ]
+
+
+def test_a_wrong_profile_is_refused_before_the_first_starts(start: Callable[..., Started], tiny: Path) -> None:
+    wrong = profile(tiny, "wrong", lambda text: text.replace("steps = 12", "stepz = 12"))
+    queue = start(tiny, wrong)
+    code, output, errors = queue.end()
+    assert (code, output) == (2, "")
+    assert "stepz" in errors and errors.count("\n") == 1
+    assert not queue.folder.exists()
+    assert start().end()[0] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_with_a_checkpoint_and_the_queue_which_can_go_on(
+    start: Callable[..., Started], tiny: Path, number: signal.Signals
+) -> None:
+    queue = start(tiny, tiny, *QUICK, "--set", "train.steps=60")
+    queue.wait_for_step("tiny")
+    queue.process.send_signal(number)
+    code, output, errors = queue.end()
+    assert (code, errors) == (128 + number, "")
+    assert queue.states() == ["interrupted", "pending"] and "queue --continue" in output
+    run = RunDirectory(queue.folder / "tiny")
+    stopped_at = (run.last("loss") or (0,))[0]
+    assert run.summary().state == "stopped" and (run.checkpoints_path / f"step-{stopped_at:07}").is_dir()
+    if number == signal.SIGTERM:
+        return  # going on costs a few seconds; once is enough
+    again = start("--continue")
+    code, output, errors = again.end()
+    assert (code, errors) == (0, "")
+    assert again.states() == ["finished", "finished"]
+    assert [attempt.from_step for attempt in run.attempts()] == [0, stopped_at]
+    code, output, _ = start("--continue").end()
+    assert code == 0 and "nothing is left" in output
+
+
+def test_a_run_that_is_killed_or_stopped_alone_is_recorded_and_the_next_one_starts(
+    start: Callable[..., Started], tiny: Path
+) -> None:
+    queue = start(tiny, tiny, tiny, *LONG)
+    for run, number in (("tiny", signal.SIGKILL), ("tiny-2", signal.SIGTERM)):
+        queue.wait_for_step(run)
+        (child,) = children(queue)
+        child.send_signal(number)
+    queue.wait_for_step("tiny-3")
+    assert queue.states() == ["failed", "stopped", "running"]
+    killed, stopped, _ = queue.entries()
+    assert (killed["exit_code"], killed["reason"]) == (137, "killed by SIGKILL")
+    assert (stopped["exit_code"], stopped["reason"]) == (143, "stopped by SIGTERM")
+    second = start(tiny)  # one queue a folder
+    code, _, errors = second.end()
+    assert code == 2 and "another queue is at work" in errors and errors.count("\n") == 1
+
+
+def test_a_killed_queue_goes_on_with_the_run_that_was_under_way(start: Callable[..., Started], tiny: Path) -> None:
+    """The run outlives its queue; the next one waits for it, and goes on with it once it too is killed."""
+    queue = start(tiny, *QUICK, "--set", "train.steps=150", "--set", "checkpoint.every=20")
+    queue.wait_for_step("tiny", 30)
+    (child,) = children(queue)
+    queue.process.kill()
+    queue.process.wait()
+    assert child.is_running() and queue.states() == ["running"]
+    again = start("--continue")
+    assert again.process.stdout is not None
+    assert b"1 of 1" in again.process.stdout.readline()
+    assert b"waiting for it to end" in again.process.stdout.readline()
+    child.kill()
+    code, _, errors = again.end()
+    assert (code, errors) == (0, "")
+    assert again.states() == ["finished"]
+    run = RunDirectory(again.folder / "tiny")
+    first, second = run.attempts()
+    assert first.state == "training" and second.from_step >= 20 and second.state == "finished"
+    assert run.curve("loss")[0].tolist() == list(range(1, 151))
+
+
+def test_a_lost_terminal_ends_neither_run_nor_queue(start: Callable[..., Started], tiny: Path) -> None:
+    master, slave = pty.openpty()
+    terminal = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True}
+    queue = start(tiny, tiny, *QUICK, "--set", "train.steps=60", **terminal)
+    os.close(slave)
+    queue.wait_for_step("tiny")
+    os.close(master)
+    queue.process.send_signal(signal.SIGHUP)
+    assert queue.end()[0] == 0
+    assert queue.states() == ["finished", "finished"]
+
+
+def test_a_damaged_record_is_one_line(start: Callable[..., Started], tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "queue-20260101-000000.json").write_text('{"format": 1, "entries": [{"pro')
+    code, output, errors = start("--continue").end()
+    assert (code, output) == (2, "")
+    assert "queue-20260101-000000.json cannot be read" in errors and errors.count("\n") == 1
