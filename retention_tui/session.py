@@ -13,8 +13,8 @@ from engine.commands import Command, Stop
 from engine.config import Hooks, load_config
 from engine.errors import ExitCode, UserError
 from engine.events import Event, RunEnded
-from engine.host.mlx_variables import set_mlx_variables
 from engine.hooks import HookRunner
+from engine.host.mlx_variables import set_mlx_variables
 from engine.profile import Profile
 from engine.profile_files import find_profile, load_profile, validate_profile
 from engine.runs import RunLock, create_run, find_run
