@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from engine.commands import Command
 from engine.events import Event
 from engine.store import RunDirectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLost(Event):
+    """Nothing more will be heard of the run, and it has not said its end. The client says so itself."""
+
+    kind: ClassVar[str] = "connection_lost"
+    text: str
+    interrupted: bool
+    """True where the process that trained is gone; False where it may still train."""
 
 
 class Client(Protocol):
@@ -17,11 +28,25 @@ class Client(Protocol):
         """The run's folder and store, for history."""
 
     @property
+    def here(self) -> bool:
+        """True where this process trains it, and its end is this process's business."""
+
+    @property
+    def looks_only(self) -> bool:
+        """True where commands are refused."""
+
+    @property
     def alive(self) -> bool:
-        """False once `RunEnded` has been said and nothing more will come."""
+        """False once `RunEnded` (or `ConnectionLost`) has been said and nothing more will come."""
 
     def send(self, command: Command) -> None:
         """Hands a command to the engine; never waits."""
 
-    def events(self) -> list[Event]:
-        """All events since the last call, oldest first; never waits. A slow reader may miss old steps, nothing else."""
+    def events(self, timeout_seconds: float = 0.0) -> list[Event]:
+        """All events since the last call, oldest first; waits at most `timeout_seconds` for a first one.
+
+        A slow reader may miss old steps, nothing else.
+        """
+
+    def close(self) -> None:
+        """Nobody reads here any more. The run goes on."""

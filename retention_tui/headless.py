@@ -12,14 +12,14 @@ from pathlib import Path
 
 from engine.events import Event, RunEnded, State, to_json
 from engine.lines import LineWriter
-from retention_tui.session import LocalClient
+from retention_tui.client import Client, ConnectionLost
 
 _LINES_KEPT = 20_000
 _PATIENCE_SECONDS = 2.0
 
 
-def follow(client: LocalClient, *, as_json: bool = False) -> bool:
-    """Prints what the run says until it has ended; false if somebody else has heard the end already.
+def follow(client: Client, *, as_json: bool = False) -> bool:
+    """Prints what the run says until nothing more will come; false if somebody else has heard the end already.
 
     In words, a failure's reason is left to the caller. Output that nobody reads, or not now, never holds up the run
     or its end.
@@ -29,9 +29,10 @@ def follow(client: LocalClient, *, as_json: bool = False) -> bool:
         alive = client.alive
         events = client.events(timeout_seconds=0.5)
         for event in events:
-            for line in [to_json(event)] if as_json else _lines(writer, event):
-                printer.print(line)
-            if isinstance(event, RunEnded):
+            if printer.listening:
+                for line in [to_json(event)] if as_json else _lines(writer, event):
+                    printer.print(line)
+            if isinstance(event, RunEnded | ConnectionLost):
                 printer.finish()
                 return True
         if not alive and not events:
@@ -50,10 +51,15 @@ class Printer:
         self._log = log
         self._waiting: deque[bytes] = deque(maxlen=_LINES_KEPT)
         self._changed = threading.Condition()
-        self._idle = True
+        self._idle = self._listening = True
         sys.stdout.flush()
         # It writes past sys.stdout, whose lock would be held for ever by a thread that the process does not wait for.
         threading.Thread(target=self._work, name="printer", daemon=True).start()
+
+    @property
+    def listening(self) -> bool:
+        """False once the reader has gone."""
+        return self._listening
 
     def print(self, line: str) -> None:
         """Hands over a line; never waits."""
@@ -69,7 +75,6 @@ class Printer:
                 pass
 
     def _work(self) -> None:
-        listening = True
         while True:
             with self._changed:
                 self._idle = not self._waiting
@@ -77,8 +82,8 @@ class Printer:
                 while not self._waiting:
                     self._changed.wait()
                 line = self._waiting.popleft()
-            if listening and not _write(line):
-                listening = False
+            if self._listening and not _write(line):
+                self._listening = False
                 _print_elsewhere(self._log)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from engine.events import (
     Alarm,
@@ -23,7 +23,9 @@ from engine.events import (
     Validated,
 )
 from engine.store import RunDirectory
+from engine.wire import WireError, read_event
 from retention_tui import wording
+from retention_tui.client import ConnectionLost
 from retention_tui.history import Series, Smoother
 
 CHARTED = (
@@ -39,7 +41,6 @@ CHARTED = (
 LOG_ENTRIES = 1000
 PAST_ENTRIES = 200
 """Lines of earlier attempts that the log begins with, at most: each takes the screen a moment to write."""
-_STORED: tuple[type[Event], ...] = (RunOpened, StateChanged, Validated, CheckpointSaved, Alarm, Notice, RunEnded)
 _USUAL = (State.LOADING, State.TRAINING, State.VALIDATING)  # they come and go all the time; the header shows them
 
 
@@ -76,6 +77,8 @@ class Progress:
     def __init__(self) -> None:
         self.opened: RunOpened | None = None
         self.ended: RunEnded | None = None
+        self.interrupted = False
+        """True where nothing more will be heard of the run, though it has not said its end."""
         self.state = State.LOADING
         self.reason = ""
         self.step = 0
@@ -107,6 +110,11 @@ class Progress:
         return Trend.RISING if quick > slow * 1.002 else Trend.LEVEL
 
     @property
+    def over(self) -> bool:
+        """True once nothing more will come."""
+        return self.state.final or self.interrupted
+
+    @property
     def fraction(self) -> float:
         """Done, from 0 to 1."""
         return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
@@ -129,7 +137,8 @@ class Progress:
         self.series = history
         waiting, self._waiting = self._waiting or [], None
         for step, metrics in waiting:
-            self._chart(step, metrics)
+            known = {name for name in metrics if name in self.series and step <= self.series[name].last_step}
+            self._chart(step, {name: value for name, value in metrics.items() if name not in known})
         if self.best_step is None and (best := history["val_loss"].least()) is not None:
             self.best_step, self.best_val_loss = int(best[0]), best[1]
 
@@ -140,7 +149,7 @@ class Progress:
 
     def expect_stop(self) -> None:
         """The run was asked to stop and will say so when it comes to it."""
-        if not self.state.final:
+        if not self.over:
             self.state = State.STOPPING
 
     def note(self, text: str) -> None:
@@ -152,7 +161,8 @@ class Progress:
         self.began = min(self.began, event.time)
         match event:
             case RunOpened():
-                self.opened = event
+                self.opened, self.ended = event, None
+                self._waiting = []  # until the history is there
                 self.step, self.total_steps = event.step, event.total_steps
                 where = f"goes on at step {event.step:,}" if event.step else f"starts on {event.device}, {event.dtype}"
                 self._note(event.time, Weight.PLAIN, f"{event.run} {where}")
@@ -181,6 +191,9 @@ class Progress:
                 entry = self._note(event.time, weight, f"{event.state} at step {event.step:,}{reason}")
                 if event.state is State.FAILED:
                     self.unread.append(entry)
+            case ConnectionLost():
+                self.interrupted, self.reason, self.remaining_seconds = True, event.text, None
+                self.unread.append(self._note(event.time, Weight.CRITICAL, event.text))
 
     def _step(self, event: StepCompleted) -> None:
         self.step, self.total_steps = event.step, event.total_steps
@@ -236,22 +249,11 @@ def load_entries(run: RunDirectory, before: float) -> list[Entry]:
     """What the log said before a moment, in seconds since the epoch, oldest first. Reads the disk, as above."""
     past = Progress()
     for stored in run.events():
-        if stored["time"] < before and (event := _event(stored)) is not None:
-            past.apply(event)
+        with contextlib.suppress(WireError):  # of another release
+            event = read_event(stored)
+            if event.time < before:
+                past.apply(event)
     return list(past.entries)[-PAST_ENTRIES:]
-
-
-def _event(stored: dict[str, Any]) -> Event | None:
-    """An event as it was before it became JSON; None for kinds that are no line of the log."""
-    kind = next((kind for kind in _STORED if kind.kind == stored["event"]), None)
-    if kind is None:
-        return None
-    fields = {name: value for name, value in stored.items() if name != "event"}
-    if "state" in fields:
-        fields["state"] = State(fields["state"])
-    if "metrics" in fields:
-        fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}  # "nan" is a string there
-    return kind(**fields)
 
 
 def _round_up(value: float, limit: float) -> float:

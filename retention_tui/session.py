@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from engine.commands import Command, Stop
+from engine.commands import Command, Pause, Stop
 from engine.config import Hooks, load_config
+from engine.control import ControlServer
 from engine.errors import ExitCode, UserError
-from engine.events import Event, RunEnded
+from engine.events import Event, RunEnded, State
 from engine.hooks import HookRunner
 from engine.host.mlx_variables import set_mlx_variables
 from engine.profile import Profile
@@ -20,6 +21,9 @@ from engine.profile_files import find_profile, load_profile, validate_profile
 from engine.runs import RunLock, create_run, find_run
 from engine.store import RunDirectory
 from engine.worker import Engine
+from retention_tui import background
+from retention_tui.background import Background
+from retention_tui.remote import RemoteClient
 
 _LAST_BREATH_SECONDS = 1.0
 """A run that has said its end has still to leave its thread."""
@@ -27,6 +31,9 @@ _LAST_BREATH_SECONDS = 1.0
 
 class LocalClient:
     """A run in this process, as a screen sees it. See `retention_tui.client.Client`."""
+
+    here = True
+    looks_only = False
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -44,8 +51,10 @@ class LocalClient:
         self._engine.send(command)
 
     def events(self, timeout_seconds: float = 0.0) -> list[Event]:
-        """All events since the last call; waits at most `timeout_seconds` for a first one."""
         return self._mailbox.take(timeout_seconds)
+
+    def close(self) -> None:
+        """Nothing is to be done: the session sees the run to its end."""
 
 
 class Session:
@@ -56,10 +65,13 @@ class Session:
         self.client: LocalClient | None = None
         self.ended: RunEnded | None = None
         """How the last run ended, once it was waited for."""
+        self.background: Background | None = None
+        """The last run that was started in the background."""
         self.on_launch: Callable[[RunDirectory], None] = lambda run: None
         """Called with each run just before it starts, on whatever thread starts it."""
         self._engine: Engine | None = None
         self._lock: RunLock | None = None
+        self._server: ControlServer | None = None
         self._signal: int | None = None
         self._new = False
         self._hooks = Hooks()
@@ -84,6 +96,38 @@ class Session:
             choose_checkpoint(found, which)  # a wrong one is refused before the run is touched
         with self._starting_alone():
             return self._launch(found, resolved, which)
+
+    def start_in_background(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> RemoteClient:
+        """Starts a new run in a process of its own, and watches it. Raises `UserError` in one line."""
+        load_profile(profile, overrides)  # what is wrong with it is said at once
+        settings = [word for override in overrides for word in ("--set", override)]
+        return self._start_in_background(["run", profile, *settings, *(["--name", name] if name else [])])
+
+    def resume_in_background(self, run: str, which: str = "latest") -> RemoteClient:
+        """Goes on with a run in a process of its own, and watches it. Raises `UserError` in one line."""
+        found = find_run(self.runs_folder, run)
+        return self._start_in_background(["resume", str(found.path), "--from", which])
+
+    def move_to_background(self, paused: bool = False) -> RemoteClient | None:
+        """Stops the present run with a checkpoint and goes on from it in a process of its own, `paused` if it was.
+
+        None where the run ended otherwise meanwhile, or shall end. Waits for all that. Raises `UserError` where the
+        process does not start.
+        """
+        client = self.client
+        self.stop("moved to the background")
+        self.finish()
+        if client is None or self.ended is None or self.ended.state is not State.STOPPED or self.interrupted:
+            return None
+        remote = self.resume_in_background(str(client.run.path))
+        self.client = self.ended = None
+        if paused:
+            remote.send(Pause())
+        return remote
+
+    def _start_in_background(self, arguments: Sequence[str]) -> RemoteClient:
+        self.background = background.start(arguments, self.runs_folder)
+        return RemoteClient(self.background.run)
 
     def assist(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> None:
         """Trains as a rank that only computes: no run directory, no lock, nothing said."""
@@ -146,7 +190,9 @@ class Session:
             self._engine = Engine(run, profile, resume_from)
             self.client = LocalClient(self._engine)
             hooks = HookRunner(self._hooks, run, self._engine.subscribe()) if self._hooks.commands() else None
+            self._server = ControlServer(run, self._engine.subscribe(), self._engine.send)
             self.on_launch(run)
+            self._server.start()
             self._engine.start()
             if hooks is not None:
                 hooks.start()
@@ -174,6 +220,9 @@ class Session:
         return ended.exit_code
 
     def _give_back(self, run: RunDirectory, ended: RunEnded) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
         if self._lock is None:
             return
         if self._new and ended.exit_code == ExitCode.BAD_INPUT and not _has_begun(run):

@@ -15,10 +15,9 @@ from engine.store import RunSummary
 from retention_tui import wording
 from retention_tui.history import Series
 from retention_tui.widgets.chart import Chart
-from retention_tui.widgets.header import FAINT, STATE_COLOURS
+from retention_tui.widgets.header import FAINT, INTERRUPTED, STATE_COLOURS
 from retention_tui.widgets.monitor import LOSS, legend
 
-INTERRUPTED = "interrupted"
 CURVES = ("loss", "val_loss")
 """The metrics of a run's chart here."""
 

@@ -22,6 +22,8 @@ STATE_COLOURS = {
     State.STOPPED: "$foreground 60%",
     State.FAILED: "$error",
 }
+INTERRUPTED = "interrupted"
+"""The word for a run whose process is gone and that has not said its end."""
 FAINT = "$foreground 55%"
 _TREND_COLOURS = {Trend.FALLING: "$success", Trend.RISING: "$warning", Trend.LEVEL: FAINT, Trend.UNKNOWN: FAINT}
 _DOT_WIDTH = len("● validating")
@@ -73,7 +75,7 @@ class RunHeader(Widget):
         right = Content("   ").join(part for part in (Content(step), self._times(width)) if part)
         state = self._state()
         left = Content.assemble(state, " " * max(1, _DOT_WIDTH + 2 - state.cell_length), (self._run, "bold"))
-        if progress.state.final:
+        if progress.over:
             left += Content.styled(f" · {progress.reason}", FAINT)
             opened = None
         about = [opened.task, f"{wording.thousands(opened.parameters)} parameters", opened.device] if opened else []
@@ -86,8 +88,15 @@ class RunHeader(Widget):
         return left + " " * (width - left.cell_length - right.cell_length) + right
 
     def _state(self) -> Content:
-        progress = self._progress
-        return Content.styled(f"● {progress.state}", STATE_COLOURS[progress.state])
+        return Content.styled(f"● {self._word}", self._colour)
+
+    @property
+    def _word(self) -> str:
+        return INTERRUPTED if self._progress.interrupted else str(self._progress.state)
+
+    @property
+    def _colour(self) -> str:
+        return "$warning" if self._progress.interrupted else STATE_COLOURS[self._progress.state]
 
     def _times(self, width: int) -> Content:
         progress = self._progress
@@ -101,7 +110,7 @@ class RunHeader(Widget):
         return Content.styled(" · ", FAINT).join(parts)
 
     def _ends(self) -> Content:
-        if self._progress.state.final:
+        if self._progress.over:
             return Content.styled(self._progress.reason, FAINT)
         remaining = self._progress.remaining_seconds
         if remaining is None:
@@ -115,7 +124,7 @@ class RunHeader(Widget):
         room = max(1, width - len(percent))
         halves = round(self._progress.fraction * room * 2)
         done = "━" * (halves // 2) + ("╸" if halves % 2 else "")
-        colour = STATE_COLOURS[self._progress.state] if self._progress.step else FAINT
+        colour = self._colour if self._progress.step else FAINT
         return Content.assemble((done, colour), ("─" * (room - len(done)), "$foreground 20%"), percent)
 
     # The numbers

@@ -1,0 +1,85 @@
+"""A run in a process of its own, that outlives its terminal and whoever started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from engine.cores import ranks_launched
+from engine.errors import ExitCode, UserError
+from engine.store import RunDirectory
+
+_SAYS = "retention-tui: "
+
+
+@dataclass(frozen=True)
+class Background:
+    """A run that was started in the background, and its process."""
+
+    run: RunDirectory
+    pid: int
+
+
+class StartFailed(UserError):
+    """The process ended before its run had opened: its one line, and its exit code."""
+
+    def __init__(self, line: str, exit_code: int) -> None:
+        super().__init__(line)
+        self.exit_code = exit_code
+
+
+def start(arguments: Sequence[str], runs_folder: Path) -> Background:
+    """Starts `run …` or `resume …` in a new session and waits until the run has opened. Raises `StartFailed`.
+
+    It is a fresh process, never a fork of this one, whose threads and MLX would not survive that. What it prints comes
+    through a pipe until the run has opened; then the pipe is closed, and its own words and its libraries' go to the
+    run's log (`retention_tui.headless.Printer`).
+    """
+    if ranks_launched() > 1:
+        raise UserError("--background is for one process: start several ranks with mlx.launch … --headless")
+    # -P: what lies in the present folder is not for Python to import.
+    command = [sys.executable, "-P", "-m", "retention_tui", *arguments, "--headless", "--json"]
+    process = subprocess.Popen(
+        [*command, "--runs-dir", str(runs_folder.resolve())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name not in ("TEXTUAL_DRIVER", "COLUMNS", "LINES")},
+    )
+    assert process.stdout is not None
+    try:
+        with process.stdout as output:
+            run, said = _wait_for_run(output)
+    except BaseException:  # Ctrl+C: nobody would know of it
+        with suppress(OSError):
+            process.send_signal(signal.SIGTERM)
+        raise
+    if run is None:
+        code = process.wait()
+        raise StartFailed(said or f"the background process ended with code {code}", code or ExitCode.DEFECT)
+    threading.Thread(target=process.wait, name=f"reaper of {run.name}", daemon=True).start()
+    return Background(run, process.pid)
+
+
+def _wait_for_run(output: IO[bytes]) -> tuple[RunDirectory | None, str]:
+    """The run once it has opened; or none, and the last line that the process said for people."""
+    said = ""
+    for line in output:
+        text = line.decode(errors="replace").rstrip()
+        if text.startswith(_SAYS):
+            said = text.removeprefix(_SAYS)
+        with suppress(ValueError):
+            event = json.loads(text)
+            if isinstance(event, dict) and event.get("event") == "run_opened":
+                return RunDirectory(Path(event["directory"])), said
+    return None, said
