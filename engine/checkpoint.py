@@ -3,7 +3,9 @@
 checkpoints/step-0000500/       later attempts: step-0000500.a2
     …                           the task's own files: a folder that can be used elsewhere as it is
     optimizer.safetensors       the optimizer's state
-    state.json                  step, progress, score, and a checksum for each other file
+    state.json                  step, progress, score, and a checksum for each other file and for itself
+
+Whatever has a checkpoint's name is whole: it is written, and deleted, under a name with a dot.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.backend import mx
-from engine.durable import sync, write_json
+from engine.durable import sync_path, write_json
 from engine.errors import UserError
 from engine.store import RunDirectory
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 _FOLDER = re.compile(r"step-(\d{7,})(?:\.a(\d+))?")
-_TEMPORARY = ".writing-"
+_WRITING, _DELETING = ".writing-", ".deleting-"
 
 
 class CheckpointError(Exception):
@@ -47,12 +48,14 @@ class Checkpoint:
         """state.json. Raises `UserError` where it is missing, damaged or from a newer release."""
         try:
             state: dict[str, Any] = json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
-            version = int(state["format"])
+            version, checksum = int(state["format"]), state.pop("checksum", None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise UserError(f"checkpoint {self.path.name} is damaged: {STATE_FILE} cannot be read ({reason})") from None
         if version > CHECKPOINT_FORMAT:
             raise UserError(f"checkpoint {self.path.name} has format {version}; this release reads {CHECKPOINT_FORMAT}")
+        if checksum != _checksum(state) and not (version == 1 and checksum is None):  # format 1 had none
+            raise UserError(f"checkpoint {self.path.name} is damaged: {STATE_FILE} does not have its checksum")
         return state
 
     def verify(self) -> dict[str, Any]:
@@ -78,12 +81,16 @@ class Checkpoint:
         try:
             state = self.state()
             if state != state | entries:
-                write_json(self.path / STATE_FILE, state | entries)
+                _write_state(self.path, state | entries)
         except (OSError, UserError) as error:
             raise CheckpointError(f"{self.path.name}/{STATE_FILE} could not be written: {error}") from error
 
     def size_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.iterdir())
+        """What it takes on disk; 0 where it has vanished."""
+        try:
+            return sum(file.stat().st_size for file in self.path.iterdir())
+        except OSError:
+            return 0
 
 
 def save_checkpoint(
@@ -96,27 +103,31 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Writes a checkpoint into a temporary folder, syncs it and renames it, so that it is whole or absent.
 
-    Raises `CheckpointError` where it could not be written; nothing of it stays behind then.
+    Raises `CheckpointError` where it could not be written, or is not known to be on the medium.
     """
     name = f"step-{step:07d}" + (f".a{attempt}" if attempt > 1 else "")
-    final, temporary = run.checkpoints_path / name, run.checkpoints_path / f"{_TEMPORARY}{name}"
+    final, temporary = run.checkpoints_path / name, run.checkpoints_path / f"{_WRITING}{name}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        run.checkpoints_path.mkdir(exist_ok=True)
+        _remove_leftovers(run)  # first: they may be what fills the disk
+        temporary.mkdir()
         write_model(temporary)
         mx.save_safetensors(str(temporary / OPTIMIZER_FILE), dict(optimizer_state))
         files = sorted(path for path in temporary.iterdir())
         for path in files:
-            _sync(path)
+            sync_path(path)
         checksums = {path.name: _sha256(path) for path in files}
-        write_json(
-            temporary / STATE_FILE,
-            {"format": CHECKPOINT_FORMAT, "step": step, "attempt": attempt, **state, "files": checksums},
-        )
-        _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(run.checkpoints_path)
+        head = {"format": CHECKPOINT_FORMAT, "step": step, "attempt": attempt}
+        _write_state(temporary, {**head, **state, "files": checksums})
+        if _holds(final, checksums):  # it was written before, but the sync below had failed
+            (temporary / STATE_FILE).replace(final / STATE_FILE)
+            sync_path(final)
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            _put_aside(final)
+            temporary.rename(final)
+        sync_path(run.checkpoints_path)
+        sync_path(run.path)
     except (OSError, RuntimeError) as error:  # MLX reports a failed write as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -144,7 +155,12 @@ def newest_attempt(run: RunDirectory) -> int:
 
 
 def _folders(run: RunDirectory) -> list[Checkpoint]:
-    folders = run.checkpoints_path.iterdir() if run.checkpoints_path.is_dir() else ()
+    try:
+        folders = list(run.checkpoints_path.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{run.checkpoints_path} cannot be read: {error.strerror or error}") from None
     named = ((_FOLDER.fullmatch(path.name), path) for path in folders)
     return [Checkpoint(int(match[1]), int(match[2] or 1), path) for match, path in named if match]
 
@@ -211,19 +227,43 @@ def prune_checkpoints(run: RunDirectory, keep: int) -> None:
     stay = {*checkpoints[-keep:], best_checkpoint(checkpoints)}
     for checkpoint in _folders(run):
         if checkpoint not in stay:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
-    for leftover in run.checkpoints_path.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _put_aside(checkpoint.path)
+    _remove_leftovers(run)
+
+
+def _holds(folder: Path, checksums: Mapping[str, str]) -> bool:
+    """Whether a folder is a whole checkpoint with these files."""
+    with contextlib.suppress(UserError):
+        return bool(Checkpoint(0, 0, folder).verify()["files"] == checksums)
+    return False
+
+
+def _put_aside(path: Path) -> None:
+    """Takes a checkpoint's name from a folder, if it is there, in one step: half of one must never pass for whole."""
+    aside = path.with_name(f"{_DELETING}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+
+
+def _remove_leftovers(run: RunDirectory) -> None:
+    """What has been put aside, and what a killed writer left."""
+    for prefix in (_WRITING, _DELETING):
+        for leftover in run.checkpoints_path.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    write_json(folder / STATE_FILE, {**state, "checksum": _checksum(state)})
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    """Of what JSON keeps of it, however it is laid out."""
+    kept = json.loads(json.dumps(state))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,14 +11,23 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all: to a neighbour, synced, then renamed."""
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
-    with neighbour.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        sync(file.fileno())
-    neighbour.replace(path)
+    """Writes JSON whole or not at all: to a neighbour, synced, then renamed. One writer at a time.
+
+    What a killed writer left of the neighbour is overwritten by the next.
+    """
+    neighbour = path.with_name(f".{path.name}.new")
+    try:
+        with neighbour.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            sync(file.fileno())
+        neighbour.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            neighbour.unlink(missing_ok=True)
+        raise
+    sync_path(path.parent)
 
 
 def sync(descriptor: int) -> None:
@@ -28,3 +37,12 @@ def sync(descriptor: int) -> None:
             fcntl.fcntl(descriptor, full)
             return
     os.fsync(descriptor)
+
+
+def sync_path(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the medium."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)

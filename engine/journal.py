@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import IO
 
+from engine.errors import UserError
 from engine.events import (
     Alarm,
     AnswerEnded,
@@ -30,7 +32,7 @@ class Journal:
     def __init__(self, run: RunDirectory | None, publish: Callable[[Event], None]) -> None:
         self._publish = publish
         self._store = StoreWriter(run) if run else None
-        self._log: IO[str] | None = run.log_path.open("a", encoding="utf-8", buffering=1) if run else None
+        self._log = _open_log(run.log_path) if run else None
         self._lines = LineWriter(with_clock=True)
         self._store_problem: str | None = None
         self.state = State.LOADING
@@ -88,9 +90,15 @@ class Journal:
 
     def flush(self) -> None:
         """Writes what waits for the store; says once when that fails, and once when it works again."""
-        if self._store is None:
-            return
-        problem = self._store.flush()
+        if self._store is not None:
+            self._heed(self._store.flush())
+
+    def settle(self) -> None:
+        """As `flush`, and puts it on the medium, so that no checkpoint is newer than the steps that led to it."""
+        if self._store is not None:
+            self._heed(self._store.settle())
+
+    def _heed(self, problem: str | None) -> None:
         if problem == self._store_problem:
             return
         self._store_problem = problem
@@ -112,3 +120,10 @@ class Journal:
             return
         with contextlib.suppress(OSError):  # a full disk; the store says so
             self._log.writelines(line + "\n" for line in self._lines.lines(event))
+
+
+def _open_log(path: Path) -> IO[str]:
+    try:
+        return path.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None

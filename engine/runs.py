@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from engine.durable import write_json
+from engine.durable import sync_path, write_json
 from engine.errors import UserError
 from engine.store import RUN_FORMAT, RunDirectory, RunSummary
 
@@ -40,38 +43,44 @@ class RunLock:
         self._file.close()
 
 
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _NAME = re.compile(r"[^\s/\\\x00-\x1f.][^/\\\x00-\x1f]{0,99}")
 
 
 def create_run(folder: Path, profile_name: str, identity: Mapping[str, Any], name: str | None = None) -> RunDirectory:
-    """Makes the directory of a new run and writes its run.json.
+    """Makes the directory of a new run with its run.json: both, or neither.
 
     Without a name the run is called after its profile: PROFILE, PROFILE-2, PROFILE-3 …
     Raises `UserError` where the name is taken or cannot be a folder's name, or the folder cannot be written.
     """
     if name is not None and not _NAME.fullmatch(name):
         raise UserError(f"run name {name!r} cannot be used: no slash, no leading dot or space, at most 100 characters")
-    number = 1
+    number, new = 1, RunDirectory(folder / f".new-{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        new.path.mkdir(exist_ok=True)
         while True:
-            candidate = name or (profile_name if number == 1 else f"{profile_name}-{number}")
-            run = RunDirectory(folder / candidate)
-            try:
-                run.path.mkdir()
-                break
-            except FileExistsError:
-                if name is not None:
-                    raise UserError(
-                        f"run {name} exists already in {folder}; choose another --name, "
-                        f"or go on with it: retention-tui resume {name}"
-                    ) from None
-                number += 1
-        head = {"format": RUN_FORMAT, "name": run.name, "profile_name": profile_name}
-        write_json(run.identity_path, {**head, **identity})
+            run = RunDirectory(folder / (name or (profile_name if number == 1 else f"{profile_name}-{number}")))
+            if not run.identity_path.exists():
+                head = {"format": RUN_FORMAT, "name": run.name, "profile_name": profile_name}
+                write_json(new.identity_path, {**head, **identity})
+                try:
+                    new.path.rename(run.path)  # an empty folder that has the name is no obstacle
+                    sync_path(folder)
+                    return run
+                except OSError as error:
+                    if error.errno not in _TAKEN:
+                        raise
+            if name is not None:
+                raise UserError(
+                    f"run {name} exists already in {folder}; choose another --name, "
+                    f"or go on with it: retention-tui resume {name}"
+                )
+            number += 1
     except OSError as error:
         raise UserError(f"runs folder {folder} cannot be written: {error.strerror or error}") from None
-    return run
+    finally:
+        shutil.rmtree(new.path, ignore_errors=True)
 
 
 def find_run(folder: Path, name_or_path: str) -> RunDirectory:
@@ -87,7 +96,7 @@ def find_run(folder: Path, name_or_path: str) -> RunDirectory:
 def list_runs(folder: Path) -> list[RunSummary]:
     """All readable runs of a folder, the most recently written first."""
     summaries = []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in folder.glob("[!.]*"):
         with contextlib.suppress(UserError, KeyError, TypeError, ValueError, OSError):
             summaries.append(RunDirectory(path).summary())
     return sorted(summaries, key=lambda summary: summary.updated, reverse=True)

@@ -268,6 +268,7 @@ class StoreWriter:
     """
 
     def __init__(self, run: RunDirectory) -> None:
+        self._path = run.database_path
         self._pending: list[tuple[str, tuple[Any, ...]]] = []
         self.attempt = self._parent = self._from_step = 0
         try:
@@ -289,10 +290,13 @@ class StoreWriter:
 
         It is newer than all stored attempts and than `newest_known`, whose row may have been lost.
         """
-        parent = self._database.execute("SELECT max(id) FROM attempt").fetchone()[0]
-        self.attempt = max(parent or 0, newest_known) + 1
         took = "SELECT attempt FROM line WHERE from_step < ? AND until_step >= ?"
-        row = self._database.execute(took, (from_step, from_step)).fetchone()
+        try:
+            parent = self._database.execute("SELECT max(id) FROM attempt").fetchone()[0]
+            row = self._database.execute(took, (from_step, from_step)).fetchone()
+        except sqlite3.Error as error:
+            raise UserError(f"{self._path} cannot be read: {error}") from None
+        self.attempt = max(parent or 0, newest_known) + 1
         self._from_step, self._parent = from_step, row[0] if row else self.attempt
         self._add(
             "INSERT INTO attempt (id, parent, from_step, total_steps, started, state) VALUES (?, ?, ?, ?, ?, ?)",
@@ -344,6 +348,19 @@ class StoreWriter:
                 self._database.execute("ROLLBACK")
             return str(error)
         self._pending.clear()
+        return None
+
+    def settle(self) -> str | None:
+        """As `flush`, and puts all of it on the medium, in run.sqlite itself: a lost log (`-wal`) costs none of it.
+
+        Never waits for a reader: where one is in the way, what remains is on the medium in the log alone.
+        """
+        if problem := self.flush():
+            return problem
+        try:
+            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.Error as error:
+            return str(error)
         return None
 
     def close(self) -> str | None:
