@@ -145,6 +145,12 @@ def show(run_name: RunName, runs_dir: RunsDir = RUNS, as_json: Json = False) -> 
 
 
 @cli.command()
+def report(run_name: RunName, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """Tell the whole story of one run on a page: attempts, alarms, what guards did, how it ended."""
+    listings.print_report(runs_dir, run_name, as_json)
+
+
+@cli.command()
 def export(
     run_name: RunName,
     form: Annotated[str, typer.Option("--format", help="csv or jsonl")] = "csv",

@@ -68,6 +68,18 @@ def print_run(folder: Path, name: str, as_json: bool) -> None:
         print(f"{label:<{width}}  {text}")
 
 
+def print_report(folder: Path, name: str, as_json: bool) -> None:
+    from engine.report import report
+    from retention_tui.story import page
+
+    story = report(find_run(folder, name))
+    if as_json:
+        stands = {"state": story.state, "reason": story.reason, "began": story.began, "last_sign": story.last_sign}
+        _print_json({**asdict(story), **stands})
+    else:
+        print("\n".join(page(story)))
+
+
 def export_run(folder: Path, name: str, form: str, output: Path | None) -> None:
     """One row for every step, first `step`, then one column a metric. Raises `UserError` for an unknown format."""
     writers: dict[str, Callable[[RunDirectory, IO[str]], None]] = {"csv": _write_csv, "jsonl": _write_jsonl}
