@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+_BATTERY_STATES = ("Charging", "Discharging", "Not charging", "Full")
 _MILLIDEGREES_THAT_CAN_BE = range(1, 200_000)
 _HEAT_BELOW_CRITICAL = ((5_000, "critical"), (10_000, "serious"), (20_000, "fair"))
 """Millidegrees below the temperature at which the kernel switches the machine off."""
@@ -25,12 +26,14 @@ class Sensors:
         for supply in sorted((self._root / "sys/class/power_supply").iterdir()):
             with suppress(OSError, ValueError):
                 if _word(supply / "type") != "Battery":
-                    plugged.append(_word(supply / "online") == "1")
+                    plugged.append(int(_word(supply / "online")) > 0)
                 elif not _of_a_device(supply):
                     with suppress(OSError, ValueError):
                         capacity = float(_word(supply / "capacity"))
                         percent = capacity if percent is None and 0 <= capacity <= 100 else percent
-                    discharging.append(_word(supply / "status") == "Discharging")
+                    status = _word(supply / "status")
+                    if status in _BATTERY_STATES:
+                        discharging.append(status == "Discharging")
         if any(plugged):
             return True, percent
         if any(discharging):
