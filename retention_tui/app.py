@@ -58,7 +58,9 @@ class RetentionApp(App[str]):
         self.animation_level = "none"
 
     def get_default_screen(self) -> Screen[None]:
-        return RunScreen(self._client) if self._client else Launcher(self._session)
+        if self._client is None:
+            return Launcher(self._session)
+        return RunScreen(self._client, move=self._session.move_to_background)
 
     async def action_quit(self) -> None:
         """Asks as the key q does, on whatever screen; a question that is open already stays."""

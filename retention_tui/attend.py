@@ -15,6 +15,8 @@ from engine.cores import ranks_launched
 from engine.errors import ExitCode
 from engine.lines import describe
 from retention_tui import headless
+from retention_tui.background import Background
+from retention_tui.remote import RemoteClient
 from retention_tui.session import Session
 
 _RANK_PATIENCE_SECONDS = 10
@@ -29,8 +31,11 @@ def attend(session: Session, no_screen: bool, as_json: bool) -> int:
     return finish(session)
 
 
-def show(session: Session) -> int:
-    """Shows the app. It may be left, fail, or lose its terminal before the run has ended: the run goes on."""
+def show(session: Session, watched: RemoteClient | None = None) -> int:
+    """Shows the app: with a run that is `watched`, with the session's own, or with the launcher.
+
+    It may be left, fail, or lose its terminal before the run has ended: the run goes on.
+    """
     from retention_tui.app import RetentionApp
     from retention_tui.terminal import Terminal
 
@@ -44,7 +49,7 @@ def show(session: Session) -> int:
         if session.client is not None:
             terminal.log_to(session.client.run.log_path)
         try:
-            app = RetentionApp(session, session.client, terminal.driver_class)
+            app = RetentionApp(session, watched or session.client, terminal.driver_class)
             choice = app.run()
             failed = bool(app.return_code)
         except Exception:
@@ -53,6 +58,8 @@ def show(session: Session) -> int:
     if session.client is None:
         if failed:
             sys.stderr.write(terminal.printed())
+        if session.background is not None and session.background.run.is_live():
+            print(in_background(session.background))
         return finish(session) or (ExitCode.DEFECT if failed else ExitCode.OK)
     if (choice == "detach" or failed) and not session.interrupted:
         session.client.send(Resume())  # a paused run would wait for ever: nobody is left to go on with it
@@ -68,6 +75,15 @@ def show(session: Session) -> int:
     if not told and session.ended is not None and session.ended.exit_code == ExitCode.OK:
         print(f"{run.name}: {describe(session.ended)}")
     return code
+
+
+def in_background(background: Background) -> str:
+    """One line: what to do about a run that was started in the background."""
+    name = background.run.name
+    return (
+        f"{name} trains in the background, process {background.pid}: "
+        f"retention-tui watch {name} shows it, retention-tui control {name} stop ends it"
+    )
 
 
 def finish(session: Session) -> int:

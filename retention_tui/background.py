@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -48,14 +47,16 @@ def start(arguments: Sequence[str], runs_folder: Path) -> Background:
         raise UserError("--background is for one process: start several ranks with mlx.launch … --headless")
     # -P: what lies in the present folder is not for Python to import.
     command = [sys.executable, "-P", "-m", "retention_tui", *arguments, "--headless", "--json"]
-    process = subprocess.Popen(
-        [*command, "--runs-dir", str(runs_folder.resolve())],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env={name: value for name, value in os.environ.items() if name not in ("TEXTUAL_DRIVER", "COLUMNS", "LINES")},
-    )
+    try:
+        process = subprocess.Popen(
+            [*command, "--runs-dir", str(runs_folder.resolve())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UserError(f"no process could be started: {error.strerror or error}") from None
     assert process.stdout is not None
     try:
         with process.stdout as output:

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import traceback
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ import typer
 
 from engine.commands import Generate
 from engine.errors import ExitCode, UserError
-from retention_tui import attend, listings, wording
+from retention_tui import attend, listings, watch, wording
 from retention_tui.session import Session
 
 cli = typer.Typer(
@@ -29,6 +30,9 @@ RunsDir = Annotated[
     Path, typer.Option("--runs-dir", envvar="RETENTION_TUI_RUNS", help="where runs are kept", show_default=True)
 ]
 Headless = Annotated[bool, typer.Option("--headless", help="lines instead of the screen; so without a terminal anyway")]
+InBackground = Annotated[
+    bool, typer.Option("--background", help="in a process of its own, which outlives this terminal; shows it")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object a line")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's name, or its folder")]
 RUNS = Path("runs")
@@ -63,9 +67,13 @@ def run(
     runs_dir: RunsDir = RUNS,
     no_screen: Headless = False,
     as_json: Json = False,
+    in_background: InBackground = False,
 ) -> None:
     """Train a profile."""
     session = Session(runs_dir)
+    if in_background:
+        begin = partial(session.start_in_background, profile, overrides or (), name)
+        raise SystemExit(watch.start(session, begin, no_screen=no_screen, as_json=as_json))
     if attend.is_helper_rank():
         raise SystemExit(attend.assist(session, lambda: session.assist(profile, overrides or (), name)))
     attend.launch(session, lambda: session.start(profile, overrides or (), name))
@@ -79,13 +87,48 @@ def resume(
     runs_dir: RunsDir = RUNS,
     no_screen: Headless = False,
     as_json: Json = False,
+    in_background: InBackground = False,
 ) -> None:
     """Go on with a run, exactly, from a checkpoint."""
     session = Session(runs_dir)
+    if in_background:
+        begin = partial(session.resume_in_background, run_name, step)
+        raise SystemExit(watch.start(session, begin, no_screen=no_screen, as_json=as_json))
     if attend.is_helper_rank():
         raise SystemExit(attend.assist(session, lambda: session.assist_resume(run_name)))
     attend.launch(session, lambda: session.resume(run_name, step))
     raise SystemExit(attend.attend(session, no_screen, as_json))
+
+
+@cli.command("watch")
+def watch_run(
+    run_name: RunName,
+    runs_dir: RunsDir = RUNS,
+    no_screen: Headless = False,
+    as_json: Json = False,
+    look: Annotated[bool, typer.Option("--look", help="for looking only: nothing can be steered")] = False,
+    web: Annotated[bool, typer.Option("--web", help="show it to a browser, for looking only")] = False,
+    host: Annotated[str, typer.Option(help="with --web: the address to serve on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="with --web: the port")] = 8000,
+) -> None:
+    """Show a live run of another process, and steer it."""
+    if web:
+        from retention_tui.web import serve
+
+        raise SystemExit(serve(runs_dir, run_name, host, port))
+    session = Session(runs_dir)
+    raise SystemExit(watch.watch(session, run_name, no_screen=no_screen, as_json=as_json, looks_only=look))
+
+
+@cli.command()
+def control(
+    run_name: RunName,
+    action: Annotated[str, typer.Argument(metavar="ACTION", help=f"{', '.join(watch.ACTIONS)} or set")],
+    setting: Annotated[str | None, typer.Argument(metavar="KEY=VALUE", help="what to set")] = None,
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Steer a live run: pause, resume, checkpoint, validate, stop, or set KEY=VALUE."""
+    raise SystemExit(watch.control(runs_dir, run_name, action, setting))
 
 
 @cli.command()
@@ -165,6 +208,20 @@ def export(
 def profiles(as_json: Json = False) -> None:
     """List the profiles."""
     listings.print_profiles(as_json)
+
+
+@cli.command()
+def plan(
+    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="a profile's name or file, or a run's folder")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
+    measured: Annotated[bool, typer.Option("--measure", help="take real steps too, with random tokens")] = False,
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Tell what a profile will need: memory, part by part, and time; and what would fit where it does not."""
+    from retention_tui.plan_view import print_plan
+
+    print_plan(profile, overrides or (), runs_dir, measured=measured, as_json=as_json)
 
 
 @cli.command()

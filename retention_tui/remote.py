@@ -34,12 +34,16 @@ class RemoteClient:
         self.run, self.looks_only = run, looks_only
         self.ended: RunEnded | None = None
         self.lost: ConnectionLost | None = None
+        self.arrived = threading.Event()
+        """Set once all has been received that tells where the run stands."""
         self._closed = False
         self._mailbox = Mailbox()
         self._outbox: SimpleQueue[Command | None] = SimpleQueue()
         self._newest = 0.0  # the time of the newest event
         self._connection = connect(run, looks_only)
         self._past = self._connection.past
+        if not self._past:
+            self.arrived.set()
         for name, work in (("reader", self._read), ("writer", self._write)):
             threading.Thread(target=work, name=f"{name} of {run.name}", daemon=True).start()
 
@@ -82,10 +86,11 @@ class RemoteClient:
         event = read_event(message)
         known = self._past > 0 and event.time <= self._newest  # told again after the connection was made again
         self._past = max(0, self._past - 1)
-        if known:
-            return
-        self._newest = max(self._newest, event.time)
-        self._mailbox.put(event)
+        if not known:
+            self._newest = max(self._newest, event.time)
+            self._mailbox.put(event)
+        if not self._past:
+            self.arrived.set()
         if isinstance(event, RunEnded):
             self.ended = event
 

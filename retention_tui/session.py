@@ -97,37 +97,37 @@ class Session:
         with self._starting_alone():
             return self._launch(found, resolved, which)
 
-    def start_in_background(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> RemoteClient:
-        """Starts a new run in a process of its own, and watches it. Raises `UserError` in one line."""
+    def start_in_background(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> Background:
+        """Starts a new run in a process of its own. Raises `UserError` in one line."""
         load_profile(profile, overrides)  # what is wrong with it is said at once
         settings = [word for override in overrides for word in ("--set", override)]
         return self._start_in_background(["run", profile, *settings, *(["--name", name] if name else [])])
 
-    def resume_in_background(self, run: str, which: str = "latest") -> RemoteClient:
-        """Goes on with a run in a process of its own, and watches it. Raises `UserError` in one line."""
+    def resume_in_background(self, run: str, which: str = "latest") -> Background:
+        """Goes on with a run in a process of its own. Raises `UserError` in one line."""
         found = find_run(self.runs_folder, run)
         return self._start_in_background(["resume", str(found.path), "--from", which])
 
     def move_to_background(self, paused: bool = False) -> RemoteClient | None:
-        """Stops the present run with a checkpoint and goes on from it in a process of its own, `paused` if it was.
+        """Stops the present run with a checkpoint, goes on from it in a process of its own, and watches that.
 
-        None where the run ended otherwise meanwhile, or shall end. Waits for all that. Raises `UserError` where the
-        process does not start.
+        It is paused there too, if it was. None where the run ended otherwise meanwhile, or shall end. Waits for all
+        that. Raises `UserError` where the process does not start.
         """
         client = self.client
         self.stop("moved to the background")
         self.finish()
         if client is None or self.ended is None or self.ended.state is not State.STOPPED or self.interrupted:
             return None
-        remote = self.resume_in_background(str(client.run.path))
+        remote = RemoteClient(self.resume_in_background(str(client.run.path)).run)
         self.client = self.ended = None
         if paused:
             remote.send(Pause())
         return remote
 
-    def _start_in_background(self, arguments: Sequence[str]) -> RemoteClient:
+    def _start_in_background(self, arguments: Sequence[str]) -> Background:
         self.background = background.start(arguments, self.runs_folder)
-        return RemoteClient(self.background.run)
+        return self.background
 
     def assist(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> None:
         """Trains as a rank that only computes: no run directory, no lock, nothing said."""

@@ -28,10 +28,13 @@ from engine.profile_files import ProfileFile, list_profiles, load_profile
 from engine.runs import list_runs
 from engine.store import RunDirectory, RunSummary
 from retention_tui import wording
+from retention_tui.background import Background
+from retention_tui.client import Client
 from retention_tui.history import Series
+from retention_tui.remote import RemoteClient
 from retention_tui.screens.help import Help
 from retention_tui.screens.run import RunScreen
-from retention_tui.session import LocalClient, Session
+from retention_tui.session import Session
 from retention_tui.widgets.details import CURVES, Details, state_colour
 from retention_tui.widgets.header import FAINT
 from retention_tui.widgets.keybar import KeyBar
@@ -53,10 +56,18 @@ class Choices(OptionList):
 
 
 class Launcher(Screen[None]):
-    """Lists profiles and runs; Enter starts or resumes. What a user can mend is said in one line."""
+    """Lists profiles and runs; Enter starts, resumes or watches. What a user can mend is said in one line."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "choose", "Start ", key_display="Enter", id="choose", tooltip="Start a profile, resume a run"),
+        Binding(
+            "enter",
+            "choose",
+            "Start ",
+            key_display="Enter",
+            id="choose",
+            tooltip="Start it, resume it, or watch it",
+        ),
+        Binding("b", "background", "Background", id="background", tooltip="Start or resume it in a process of its own"),
         Binding("r", "refresh", "Refresh", id="refresh", tooltip="Read profiles and runs again"),
         Binding("slash", "app.command_palette", "Commands", key_display="/", id="commands", tooltip="All commands"),
         Binding("question_mark", "help", "Help", key_display="?", id="help", tooltip="What the keys do"),
@@ -114,7 +125,7 @@ class Launcher(Screen[None]):
             self._read_profile(profile)
         elif run := self._runs.get(name):
             details.show_run(run, "", None)
-            self._name_choice("Resume")
+            self._name_choice("Watch " if _trains(run) else "Resume")
             self._read_run(run)
 
     @work(thread=True, exclusive=True, group="details", exit_on_error=False)
@@ -153,28 +164,41 @@ class Launcher(Screen[None]):
         self.action_choose()
 
     def action_choose(self) -> None:
-        """Starts the highlighted profile, or goes on with the highlighted run; asked twice, it does so once."""
+        """Starts the highlighted profile, goes on with the highlighted run, or watches it where it is live."""
+        self._choose(self._session.start, self._session.resume, "")
+
+    def action_background(self) -> None:
+        """The same in a process of its own, which is watched."""
+
+        def watched(background: Background) -> Client:
+            return RemoteClient(background.run)
+
+        start, resume = self._session.start_in_background, self._session.resume_in_background
+        self._choose(lambda name: watched(start(name)), lambda name: watched(resume(name)), " in the background")
+
+    def _choose(self, start: Callable[[str], Client], resume: Callable[[str], Client], where: str) -> None:
+        """Asked twice, it is done once."""
         if self._busy:
             return
         highlighted = self.query_one("#choices", OptionList).highlighted_option
         name = highlighted.id if highlighted and highlighted.id else ""
         if profile := self._profiles.get(name):
-            self._start(f"starting {profile.name}…", lambda: self._session.start(str(profile.path)))
+            self._start(f"starting {profile.name}{where}…", lambda: start(str(profile.path)))
         elif run := self._runs.get(name):
-            if run.state == State.FINISHED:
+            if _trains(run):
+                self._start(f"looking for {run.name}…", lambda: RemoteClient(RunDirectory(run.path)))
+            elif run.state == State.FINISHED:
                 self._say(f"{run.name} is finished; to hear it: retention-tui generate {run.name} -p TEXT")
-            elif run.live and not State(run.state).final:
-                self._say(f"{run.name} is being trained by another process", "$warning")
             else:
-                self._start(f"resuming {run.name}…", lambda: self._session.resume(str(run.path)))
+                self._start(f"resuming {run.name}{where}…", lambda: resume(str(run.path)))
 
-    def _start(self, said: str, start: Callable[[], LocalClient]) -> None:
+    def _start(self, said: str, start: Callable[[], Client]) -> None:
         self._busy = True
         self._say(said)
         self._show_run(start)
 
     @work
-    async def _show_run(self, start: Callable[[], LocalClient]) -> None:
+    async def _show_run(self, start: Callable[[], Client]) -> None:
         try:
             client = await asyncio.to_thread(start)
         except UserError as error:
@@ -182,14 +206,16 @@ class Launcher(Screen[None]):
         else:
             if self._quitting:
                 self._session.stop("stopped on request")
+                client.close()
             else:
                 self._say("")
-                self.app.push_screen(RunScreen(client, home=True), self._back)
+                screen = RunScreen(client, home=True, move=self._session.move_to_background)
+                self.app.push_screen(screen, self._back)
         finally:
             self._end_work()
 
     def _back(self, _: None) -> None:
-        """The run that was shown has ended: its lock goes back, and the lists are read again."""
+        """The run that was shown has ended, if it was of this process: its lock goes back. The lists are read again."""
         self._busy = True
         self._settle()
 
@@ -221,6 +247,11 @@ class Launcher(Screen[None]):
 
     def _name_choice(self, name: str) -> None:
         self.query_one(KeyBar).show_state(renamed={"choose": name}, disabled=set())
+
+
+def _trains(run: RunSummary) -> bool:
+    """Whether another process is at it."""
+    return run.live and not State(run.state).final
 
 
 def _profile_options(profiles: list[ProfileFile]) -> list[Option]:

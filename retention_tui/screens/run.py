@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import ClassVar, cast
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Input, TabbedContent, TabPane
+from textual.worker import get_current_worker
 
 from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
-from engine.events import AnswerEnded, AnswerText, Event, RunEnded, RunOpened, State, StepCompleted
-from retention_tui.client import Client
+from engine.errors import UserError
+from engine.events import Alarm, AnswerEnded, AnswerText, Event, RunEnded, RunOpened, State, StepCompleted
+from retention_tui.client import Client, ConnectionLost
 from retention_tui.history import Series
 from retention_tui.progress import Entry, Progress, empty_history, load_entries, load_history
 from retention_tui.screens.help import Help
@@ -27,11 +32,17 @@ POLL_SECONDS = 1 / 8
 NUMBERS_SECONDS = 1 / 2
 CHARTS_SECONDS = 1.0  # a round of charts costs some 20 ms, which training would feel if it came more often
 STEERING = {"pause", "checkpoint", "validate", "stop"}
-"""Ids of the keys that mean nothing once the run has ended."""
+"""Ids of the keys that mean nothing once the run has ended, or where one may only look."""
+
+Move = Callable[[bool], Client | None]
+"""Moves this process's run to the background, paused or not; None where it ended otherwise meanwhile."""
 
 
 class RunScreen(Screen[None]):
-    """Folds the run's events into a `Progress` and shows it. With `home` there is a launcher to go back to."""
+    """Folds the run's events into a `Progress` and shows it. With `home` there is a launcher to go back to.
+
+    A run of another process is watched: leaving asks nothing. One of this process can `move` to the background.
+    """
 
     AUTO_FOCUS = None
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -39,6 +50,7 @@ class RunScreen(Screen[None]):
         Binding("c", "checkpoint", "Checkpoint", id="checkpoint", tooltip="Save the last completed step now"),
         Binding("v", "validate", "Validate", id="validate", tooltip="Measure the held-out loss now"),
         Binding("s", "stop", "Stop", id="stop", tooltip="End the run with a checkpoint"),
+        Binding("b", "background", "Background", id="background", tooltip="Go on in a process of its own"),
         Binding("n", "next_chart", "Chart", id="next", tooltip="Make the next chart the large one"),
         Binding("z", "zoom", "Zoom", id="zoom", tooltip="Show the large chart alone, or all of them"),
         Binding("a", "read_alarms", "Read alarms", show=False, id="alarms", tooltip="All alarms count as read"),
@@ -50,19 +62,21 @@ class RunScreen(Screen[None]):
         Binding("q", "quit", "Quit", id="quit", tooltip="Stop and quit, or leave the screen"),
     ]
 
-    def __init__(self, client: Client, *, home: bool = False) -> None:
+    def __init__(self, client: Client, *, home: bool = False, move: Move | None = None) -> None:
         super().__init__()
-        self._client, self._home = client, home
+        self._client, self._home, self._move = client, home, move
         self._progress = Progress()
-        self._quitting = False
+        self._quitting = self._moving = self._past_shown = False
+        self._end: RunEnded | None = None
 
     def compose(self) -> ComposeResult:
-        yield RunHeader(self._progress, self._client.run.name)
+        looking = " · looking only" if self._client.looks_only else ""
+        yield RunHeader(self._progress, self._client.run.name + looking)
         with TabbedContent(initial="monitor"):
             with TabPane("[bold $primary]1[/] Monitor", id="monitor"):
                 yield Monitor(self._progress)
             with TabPane("[bold $primary]2[/] Chat", id="chat"):
-                yield Chat(self._client.send)
+                yield Chat(self._send)
             with TabPane("[bold $primary]3[/] Log", id="log"):
                 yield EventLog(self._progress)
         yield Happening(self._progress)
@@ -73,32 +87,49 @@ class RunScreen(Screen[None]):
         self.set_interval(NUMBERS_SECONDS, self._show_numbers)
         self.set_interval(CHARTS_SECONDS, self._draw_charts)
         self._draw_charts()
+        self._suit_client()
+
+    def on_unmount(self) -> None:
+        self._client.close()
+
+    def _suit_client(self) -> None:
+        self.set_class(not self._can_move, "-elsewhere")
+        if self._client.looks_only:
+            self.query_one(Chat).close("this screen may only look")
+        self._show_keys()
 
     # From the engine
 
     def _poll(self) -> None:
         events = self._client.events()
         for event in events:
-            self._progress.apply(event)
-            self._take(event)
+            if self._moving and isinstance(event, RunEnded):
+                self._end = event  # it goes on, if all goes well
+            else:
+                self._apply(event)
         if any(isinstance(event, AnswerText | AnswerEnded) for event in events):
             self.query_one(Chat).show_answers()
         if any(not isinstance(event, StepCompleted | AnswerText) for event in events):
-            self.query_one(EventLog).show_progress()
-            self.query_one(Happening).refresh()
-            self._show_keys()
-            self._show_numbers()
+            self._show_all()
+
+    def _show_all(self) -> None:
+        self.query_one(EventLog).show_progress()
+        self.query_one(Happening).refresh()
+        self._show_keys()
+        self._show_numbers()
+
+    def _apply(self, event: Event) -> None:
+        self._progress.apply(event)
+        self._take(event)
 
     def _show_numbers(self) -> None:
         self.query_one(RunHeader).refresh()
 
     def _take(self, event: Event) -> None:
         match event:
-            case RunOpened(attempt=1):
-                self._progress.adopt_history(empty_history())
             case RunOpened():
-                self.run_worker(lambda: self._load_past(event.step), thread=True, exit_on_error=False)
-            case RunEnded():
+                self._load_past()
+            case RunEnded() | ConnectionLost():
                 self.query_one(Chat).close()
                 self._draw_charts()
                 if self._quitting:
@@ -106,18 +137,23 @@ class RunScreen(Screen[None]):
             case _:
                 self.query_one(Chat).take(event)
 
-    def _load_past(self, until_step: int) -> None:
-        """In a thread: reads what earlier attempts have stored."""
+    @work(thread=True, exclusive=True, group="past", exit_on_error=False)
+    def _load_past(self) -> None:
+        """In a thread: reads what the store knows of the run. What comes meanwhile goes on top of it."""
+        worker = get_current_worker()
         history: dict[str, Series] = empty_history()
         entries: list[Entry] = []
         try:
-            history = load_history(self._client.run, until_step)
-            entries = load_entries(self._client.run, self._progress.began)
+            history = load_history(self._client.run)
+            if not self._past_shown:
+                entries = load_entries(self._client.run, self._progress.began)
         except Exception as error:  # a damaged file costs the past, not the screen
             self.app.call_from_thread(self._progress.note, f"earlier steps cannot be shown: {error}")
-        self.app.call_from_thread(self._show_past, history, entries)
+        if not worker.is_cancelled:
+            self.app.call_from_thread(self._show_past, history, entries)
 
     def _show_past(self, history: dict[str, Series], entries: list[Entry]) -> None:
+        self._past_shown = True
         self._progress.adopt_history(history)
         self._progress.adopt_entries(entries)
         self.query_one(EventLog).rewrite()
@@ -128,7 +164,9 @@ class RunScreen(Screen[None]):
 
     def _show_keys(self) -> None:
         paused = self._progress.state is State.PAUSED
-        disabled = STEERING if self._progress.state.final else {"pause", "stop"} if self._stopping else set[str]()
+        disabled = {"pause", "stop", "background"} if self._stopping else set[str]()
+        if self._progress.over or self._client.looks_only:
+            disabled = STEERING | {"background"}
         renamed = {"pause": "Resume"} if paused else {}
         typing = isinstance(self.focused, Input)
         self.query_one(KeyBar).show_state(renamed=renamed, disabled=disabled, keys_work=not typing)
@@ -140,11 +178,17 @@ class RunScreen(Screen[None]):
         return self.query_one(TabbedContent).active
 
     @property
+    def _can_move(self) -> bool:
+        return self._move is not None and self._client.here
+
+    @property
     def _stopping(self) -> bool:
         return self._progress.state is State.STOPPING
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        return not (action in STEERING and self._progress.state.final)
+        if action == "background":
+            return self._can_move and not self._progress.over and not self._stopping
+        return not (action in STEERING and (self._progress.over or self._client.looks_only))
 
     def action_pause(self) -> None:
         if self._progress.state is State.PAUSED:
@@ -165,8 +209,33 @@ class RunScreen(Screen[None]):
 
         self.app.push_screen(StopQuestion(self._client.run.name), answered)
 
+    @work
+    async def action_background(self) -> None:
+        """Saves the run, goes on with it in a process of its own, and watches that: on the same screen."""
+        assert self._move is not None
+        paused, self._moving = self._progress.state is State.PAUSED, True
+        self._note("moving to the background: saved first, then a process of its own goes on from there")
+        self._expect_stop()
+        failure = ""
+        try:
+            client = await asyncio.to_thread(self._move, paused)
+        except UserError as error:
+            client, failure = None, str(error)
+        self._poll()
+        self._moving = False
+        if client is not None:
+            self._client = client
+            self._note("it goes on in the background; leaving this screen leaves it alone")
+            self._suit_client()
+        elif self._end is not None:
+            self._apply(self._end)
+        if failure:
+            words = f"not in the background: {failure}; retention-tui resume {self._client.run.name} goes on with it"
+            self._apply(Alarm(level="critical", text=words))
+        self._show_all()
+
     def action_quit(self) -> None:
-        """Leaves an ended run at once; asks what becomes of one that goes on."""
+        """Leaves an ended run, or one of another process, at once; asks what becomes of one that goes on here."""
 
         def answered(choice: str | None) -> None:
             if choice == "detach":
@@ -175,7 +244,10 @@ class RunScreen(Screen[None]):
                 self._quitting = True
                 self._stop()
 
-        if not self._progress.state.final:
+        if self._moving:
+            if not self._home:
+                self.app.exit()  # whoever ran the app waits for the move
+        elif self._client.here and not self._progress.over:
             self.app.push_screen(QuitQuestion(self._client.run.name, stopping=self._stopping), answered)
         elif self._home:
             self.dismiss()
@@ -221,13 +293,22 @@ class RunScreen(Screen[None]):
 
     def _ask(self, command: Command, said: str) -> None:
         """Sends a command; the engine answers with an event once it has come to it."""
-        self._client.send(command)
+        self._send(command)
+        self._note(said)
+
+    def _send(self, command: Command) -> None:
+        self._client.send(command)  # not always the client of the beginning
+
+    def _note(self, said: str) -> None:
         self._progress.note(said)
         self.query_one(Happening).refresh()
 
     def _stop(self) -> None:
         """Asks the run to end. Its own word for it may take until the end of the micro-batch."""
         self._ask(Stop(), "stopping: a checkpoint is written after this micro-batch")
+        self._expect_stop()
+
+    def _expect_stop(self) -> None:
         self._progress.expect_stop()
         self.query_one(RunHeader).refresh()
         self._show_keys()

@@ -105,10 +105,10 @@ class Chat(Vertical):
     def focus_input(self) -> None:
         self.query_one("#prompt", Input).focus()
 
-    def close(self) -> None:
-        """The run has ended: nobody is left to answer."""
+    def close(self, why: str = "the run has ended; nobody is left to answer") -> None:
+        """Takes no more questions."""
         prompt = self.query_one("#prompt", Input)
-        prompt.placeholder = "the run has ended; nobody is left to answer"
+        prompt.placeholder = why
         prompt.disabled = True
 
     def take(self, event: Event) -> None:
