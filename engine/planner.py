@@ -1,0 +1,267 @@
+"""How much memory a profile will need, whether this machine has it, what would fit, and how long it will take.
+
+Nothing is loaded for it and nothing allocated: it is arithmetic on the profile (engine/planning/), in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.events import Level
+from engine.planning import (
+    ACTIVATIONS,
+    FROZEN,
+    IN_MLX,
+    OPTIMIZER,
+    STATES,
+    TRAINED,
+    Moment,
+    Setting,
+    demand_of,
+    micro_batch,
+    micro_batches,
+)
+from engine.planning.capacity import Capacity, gigabytes, this_capacity, this_setting
+from engine.planning.pace import Timing, foresee
+from engine.profile import Profile
+from engine.profile_files import with_override
+
+CACHE = "allocator_cache"
+PROCESS = "rest_of_process"
+
+_PROCESS_BYTES = 200_000_000
+"""Python, MLX, the tokenizer and the app: 160 MB without the screen, some 40 MB more with it."""
+
+_CPU_CACHE_BYTES = 1 << 25
+"""What MLX's CPU allocator keeps at most; measured, MLX 0.32."""
+
+_GPU_CACHE_SHARE = 0.1
+"""Of what comes and goes in a step; more is kept where there is room, and given back where there is none."""
+
+_SHORTEST = 128
+"""Sequences shorter than this are not suggested."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings to add, each as `--set` takes it, and what a run with them would need."""
+
+    settings: tuple[str, ...]
+    need_bytes: int
+    saving_bytes: int
+    words: str
+
+    @property
+    def options(self) -> str:
+        """As the command line takes them."""
+        return " ".join(f"--set {setting}" for setting in self.settings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of a profile will need at its peak.
+
+    `components` are bytes by name; those of `engine.planning.IN_MLX` add up to `predicted_peak_bytes`, MLX's own peak,
+    and all of them to `need_bytes`. `activation_bytes` are a micro-batch's, with gradient checkpointing off and on.
+    """
+
+    profile: Profile
+    components: Mapping[str, int]
+    moment: str
+    activation_bytes: Mapping[bool, int]
+    parameters: int
+    micro_batch_size: int
+    accumulation: int
+    capacity: Capacity
+    level: Level
+    verdict: str
+    suggestions: tuple[Suggestion, ...]
+    timing: Timing
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Of MLX, as `mx.get_peak_memory` counts."""
+        return sum(self.components[name] for name in IN_MLX if name in self.components)
+
+    @property
+    def need_bytes(self) -> int:
+        """Of the whole process."""
+        return sum(self.components.values())
+
+    @property
+    def warning(self) -> str:
+        """One line for somebody who starts it all the same; empty where all is well."""
+        if self.level is Level.GREEN:
+            return ""
+        nearest = f"; less is needed with {self.suggestions[0].options}" if self.suggestions else ""
+        return f"{self.verdict}{nearest}"
+
+
+def plan(
+    profile: Profile,
+    *,
+    runs_folder: Path | None = None,
+    except_run: str | None = None,
+    limit_bytes: int | None = None,
+    capacity: Capacity | None = None,
+    setting: Setting | None = None,
+) -> Plan:
+    """The plan of a profile on this machine, or on one that is given.
+
+    `runs_folder` is where earlier runs are looked for, to say how long it will take; `except_run` is the one that the
+    plan is for. `limit_bytes` stands for what the
+    process may use, instead of this machine's memory.
+    """
+    setting = setting or this_setting(profile)
+    if limit_bytes is not None:
+        capacity = Capacity(limit_bytes)
+    capacity = capacity or this_capacity()
+    components, moment = _components(profile, setting)
+    need = sum(components.values())
+    level, why = capacity.judge(_in_mlx(components), need)
+    suggestions = suggest(profile, capacity=capacity, setting=setting) if level is not Level.GREEN else ()
+    return Plan(
+        profile=profile,
+        components=components,
+        moment=moment.name,
+        activation_bytes={on: _activations(_checkpointed(profile, on), setting) for on in (False, True)},
+        parameters=demand_of(profile).parameters(profile),
+        micro_batch_size=micro_batch(profile, setting.ranks),
+        accumulation=micro_batches(profile, setting.ranks),
+        capacity=capacity,
+        level=level,
+        verdict=_verdict(components, level, why, fits=bool(suggestions)),
+        suggestions=suggestions,
+        timing=foresee(profile, runs_folder, except_run),
+    )
+
+
+def suggest(
+    profile: Profile,
+    limit_bytes: int | None = None,
+    *,
+    capacity: Capacity | None = None,
+    setting: Setting | None = None,
+) -> tuple[Suggestion, ...]:
+    """The nearest settings with which a profile fits, those that change least first.
+
+    Smaller micro-batches (of the same effective batch), then gradient checkpointing, then shorter sequences: each
+    alone where one is enough, else together. Empty where nothing of it fits. `limit_bytes` is as for `plan`.
+    """
+    setting = setting or this_setting(profile)
+    capacity = Capacity(limit_bytes) if limit_bytes is not None else capacity or this_capacity()
+    now, _ = _components(profile, setting)
+    need = sum(now.values())
+    red = capacity.judge(_in_mlx(now), need)[0] is Level.RED
+
+    def first_that_fits(candidates: Iterable[tuple[str, ...]], worst: Level) -> Suggestion | None:
+        for settings in candidates:
+            changed = _with(profile, settings)
+            components, _ = _components(changed, setting)
+            less = sum(components.values())
+            level, _ = capacity.judge(_in_mlx(components), less)
+            if less < need and list(Level).index(level) <= list(Level).index(worst):
+                return Suggestion(settings, less, need - less, _in_words(profile, changed, setting))
+        return None
+
+    micro, checkpointing = list(_smaller_micro_batches(profile, setting)), _checkpointing(profile)
+    shorter = list(_shorter_sequences(profile))
+    smallest = micro[-1:]
+    for enough in (Level.GREEN, Level.YELLOW) if red else (Level.GREEN,):  # with room to spare, or else at all
+        alone = [first_that_fits([(change,) for change in way], enough) for way in (micro, checkpointing, shorter)]
+        if found := [suggestion for suggestion in alone if suggestion]:
+            return tuple(found)
+        together = chain(
+            ((change, *checkpointing) for change in micro if checkpointing),
+            ((*smallest, change) for change in shorter),
+            ((*smallest, *checkpointing, change) for change in shorter if checkpointing),
+        )
+        if both := first_that_fits(together, enough):
+            return (both,)
+    return ()
+
+
+def refuse_what_cannot_fit(plan: Plan) -> None:
+    """Raises `UserError`, in one line with the nearest settings, where a run would need more than the machine has."""
+    if plan.level is Level.RED:
+        settings = " or ".join(suggestion.options for suggestion in plan.suggestions)
+        advice = f"it fits with {settings}; " if settings else ""
+        raise UserError(f"{plan.verdict}; {advice}--anyway starts it all the same")
+
+
+def _components(profile: Profile, setting: Setting) -> tuple[dict[str, int], Moment]:
+    """Everything in bytes at the largest moment of a step, and that moment."""
+    moments = demand_of(profile).moments(profile, setting)
+    peak = max(moments, key=lambda moment: moment.total_bytes)
+    lasting = min(moment.total_bytes for moment in moments)
+    coming_and_going = peak.total_bytes - lasting
+    cache = _GPU_CACHE_SHARE * coming_and_going if setting.gpu else min(_CPU_CACHE_BYTES, peak.total_bytes)
+    return {**peak.bytes, CACHE: round(cache), PROCESS: _PROCESS_BYTES}, peak
+
+
+def _in_mlx(components: Mapping[str, int]) -> int:
+    return sum(components[name] for name in IN_MLX if name in components)
+
+
+def _activations(profile: Profile, setting: Setting) -> int:
+    """The most that a micro-batch's activations and states take at any moment."""
+    moments = demand_of(profile).moments(profile, setting)
+    return max(moment.bytes.get(ACTIVATIONS, 0) + moment.bytes.get(STATES, 0) for moment in moments)
+
+
+def _checkpointed(profile: Profile, on: bool) -> Profile:
+    return profile.model_copy(update={"train": profile.train.model_copy(update={"gradient_checkpointing": on})})
+
+
+def _smaller_micro_batches(profile: Profile, setting: Setting) -> Iterator[str]:
+    size = micro_batch(profile, setting.ranks)
+    while size > 1:
+        size = size // 2
+        yield f"train.micro_batch_size={size}"
+
+
+def _checkpointing(profile: Profile) -> list[str]:
+    return [] if profile.train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+
+
+def _shorter_sequences(profile: Profile) -> Iterator[str]:
+    length = profile.train.sequence_length
+    while length // 2 >= _SHORTEST:
+        length //= 2
+        yield f"train.sequence_length={length}"
+
+
+def _with(profile: Profile, settings: Sequence[str]) -> Profile:
+    for setting in settings:
+        profile = with_override(profile, setting)
+    return profile
+
+
+def _in_words(profile: Profile, changed: Profile, setting: Setting) -> str:
+    """What the changes mean."""
+    words = []
+    before, after = micro_batch(profile, setting.ranks), micro_batch(changed, setting.ranks)
+    if after != before:
+        times = micro_batches(changed, setting.ranks)
+        words.append(f"micro-batch {before} → {after}, {times} of them a step: the same effective batch")
+    if changed.train.gradient_checkpointing and not profile.train.gradient_checkpointing:
+        words.append("gradient checkpointing: the same numbers, about a third slower")
+    if (length := changed.train.sequence_length) != profile.train.sequence_length:
+        words.append(f"sequences of {length:,} instead of {profile.train.sequence_length:,} tokens: another training")
+    return "; ".join(words)
+
+
+def _verdict(components: Mapping[str, int], level: Level, why: str, *, fits: bool) -> str:
+    need = f"about {gigabytes(sum(components.values()))} are needed"
+    if level is Level.GREEN:
+        return f"fits: {need}, {why}" if why else f"{need}; what this machine has is unknown"
+    if level is Level.YELLOW:
+        return f"tight: {need}, {why}"
+    if fits:
+        return f"does not fit: {need}, {why}"
+    bare = sum(components.get(name, 0) for name in (FROZEN, TRAINED, OPTIMIZER))
+    return f"nothing of this fits: {need}, {gigabytes(bare)} for weights and optimizer alone; {why}"

@@ -1,0 +1,160 @@
+"""A plan in words: what `plan` prints, and what screens say of it. It reads the table that `plan --json` gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.events import plain
+from engine.profile import Profile
+from engine.profile_files import load_profile, validate_profile
+from engine.store import RunDirectory
+from retention_tui import wording
+
+Table = Mapping[str, Any]
+
+NAMES = {
+    "frozen_weights": "frozen weights",
+    "trained_weights": "trained weights",
+    "compute_copies": "copies to compute with",
+    "optimizer_state": "optimizer state",
+    "gradients": "gradients",
+    "activations": "activations",
+    "logits_and_loss": "logits and loss",
+    "retention_states": "retention states",
+    "update": "the update",
+    "data": "data",
+    "allocator_cache": "allocator's cache",
+    "rest_of_process": "rest of the process",
+}
+"""What the components are called."""
+
+_MEASURED = {
+    "trained_weights": "trained_weight_bytes",
+    "optimizer_state": "optimizer_bytes",
+    "allocator_cache": "cache_bytes",
+}
+"""The components that a measured step tells one by one."""
+
+_BESIDE_MLX = ("allocator_cache", "rest_of_process")
+_YEAR_SECONDS = 365 * 86400
+
+
+def print_plan(
+    name: str, overrides: Sequence[str], runs_folder: Path, *, measured: bool = False, as_json: bool = False
+) -> None:
+    """Plans a profile, given by name or file, or a run, given by its folder; `measured` takes real steps first."""
+    from dataclasses import replace  # what follows loads MLX
+
+    from engine.planner import plan
+    from engine.planning.measure import measure
+    from engine.planning.report import as_table
+
+    profile, run_name = _profile(name, overrides)
+    figures = measure(profile) if measured else None
+    made = plan(profile, runs_folder=runs_folder, except_run=run_name)
+    if figures is not None:
+        timing = replace(
+            made.timing, seconds_a_step=figures.seconds_a_step, source="measured", samples=figures.steps
+        )  # fmt: skip
+        made = replace(made, timing=timing)
+    table = as_table(made, figures)
+    if as_json:
+        json.dump(plain(table), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
+        sys.stdout.write("\n")
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in lines(table)))
+
+
+def lines(table: Table) -> list[str]:
+    """The whole plan, for a terminal or a file."""
+    measured: Table = table.get("measured", {})
+    told = [f"{'':<26}{'predicted':>11}" + (f"{'measured':>11}" if measured else "")]
+    told += [_row(NAMES[name], size, measured.get(_MEASURED.get(name, ""))) for name, size in shares(table)]
+    beside = len([name for name, _ in shares(table) if name in _BESIDE_MLX])
+    told.insert(len(told) - beside, _row("MLX's peak", table["predicted_peak_bytes"], measured.get("peak_bytes")))
+    told.append(_row("all of the process", table["need_bytes"], measured.get("process_peak_bytes")))
+    told += ["", *(f"{name:<12} {said}" for name, said in facts(table))]
+    return told
+
+
+def facts(table: Table) -> list[tuple[str, str]]:
+    """Verdict, time and what else there is to say, each with its name."""
+    size, alternatives = wording.size, table["activations"]
+    other = "without" if alternatives["gradient_checkpointing"] else "with"
+    others = size(alternatives[f"{other}_gradient_checkpointing"])
+    told = [
+        ("memory", f"● {table['verdict']}: {table['sentence']}"),
+        ("time", time_words(table["time"])),
+        ("step", step_words(table)),
+        ("activations", f"of a micro-batch, {other} gradient checkpointing: {others}"),
+    ]
+    for index, suggestion in enumerate(table["suggestions"]):
+        saved = f"saves {size(suggestion['saving_bytes'])}: {size(suggestion['need_bytes'])} in all"
+        told.append(("or" if index else "what fits", f"{suggestion['options']}"))
+        told.append(("", f"{saved}; {suggestion['words']}"))
+    return told
+
+
+def shares(table: Table) -> list[tuple[str, int]]:
+    """The components that take anything, in the order in which they are told."""
+    return [(name, table["components"][name]) for name in NAMES if table["components"].get(name)]
+
+
+def step_words(table: Table) -> str:
+    """`4 micro-batches of 8 sequences`."""
+    parts, at_once = table["accumulation"], table["micro_batch_size"]
+    sequences = f"{at_once:,} sequence" + ("s" if at_once != 1 else "")
+    return f"{sequences} at once" if parts == 1 else f"{parts:,} micro-batches of {sequences}"
+
+
+def time_words(timing: Table) -> str:
+    """`about 6 h 40 m from 9 measured steps: ends 06:42`, or `about 18 of 468 steps by 07:00: too few`."""
+    pace = timing["seconds_a_step"]
+    if pace is None:
+        return "unknown until steps are measured"
+    source = {
+        "measured": f"from {_steps(timing['samples'])} measured",
+        "earlier runs": f"from {_steps(timing['samples'])} of an earlier run",
+        "estimate": "estimated from a run of another shape",
+    }[timing["source"]]
+    steps, within, seconds = timing["steps"], timing["steps_within_limit"], timing["seconds"]
+    if within is not None and (steps is None or within < steps):
+        of = f"{within:,} of {steps:,} steps" if steps else f"{within:,} steps"
+        return f"about {of} {timing['limit']}{': too few' if steps else ''}, {source}"
+    if seconds is None:
+        return f"about {_pace(pace)} a step, {source}; how many steps, the data will tell"
+    if seconds > _YEAR_SECONDS:
+        return f"more than a year, {source}"
+    ends = wording.clock(timing["ends"])
+    if seconds > 6 * 86400:
+        ends = time.strftime("%d %B", time.localtime(timing["ends"]))
+    return f"about {wording.duration(seconds)}: ends {ends}, {source}"
+
+
+def _pace(seconds: float) -> str:
+    return wording.duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count:,} steps"
+
+
+def _row(name: str, size: int, measured: int | None) -> str:
+    row = f"{name:<26}{wording.size(size):>11}"
+    return row if measured is None else f"{row}{wording.size(measured):>11}{size / measured:>8.2f} ×"
+
+
+def _profile(name: str, overrides: Sequence[str]) -> tuple[Profile, str | None]:
+    """A profile, or that of a run and the run's name."""
+    if not (Path(name) / "run.json").is_file():
+        return load_profile(name, overrides), None
+    if overrides:
+        raise UserError("--set is for profiles; a run is planned as it is")
+    run = RunDirectory(Path(name).resolve())
+    return validate_profile(run.identity()["profile"], where=str(run.identity_path)), run.name
