@@ -190,7 +190,7 @@ def refuse_what_cannot_fit(plan: Plan) -> None:
     if plan.level is Level.RED:
         settings = " or ".join(suggestion.options for suggestion in plan.suggestions)
         advice = f"it fits with {settings}; " if settings else ""
-        raise UserError(f"{plan.verdict}; {advice}--anyway starts it all the same")
+        raise UserError(f"{plan.verdict}; {advice}run --anyway starts it all the same")
 
 
 def _components(profile: Profile, setting: Setting) -> tuple[dict[str, int], Moment]:

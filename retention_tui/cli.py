@@ -68,15 +68,18 @@ def run(
     no_screen: Headless = False,
     as_json: Json = False,
     in_background: InBackground = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="also where this machine has not enough memory")] = False,
 ) -> None:
     """Train a profile."""
     session = Session(runs_dir)
     if in_background:
-        begin = partial(session.start_in_background, profile, overrides or (), name)
+        begin = partial(session.start_in_background, profile, overrides or (), name, anyway)
         raise SystemExit(watch.start(session, begin, no_screen=no_screen, as_json=as_json))
     if attend.is_helper_rank():
         raise SystemExit(attend.assist(session, lambda: session.assist(profile, overrides or (), name)))
-    attend.launch(session, lambda: session.start(profile, overrides or (), name))
+    attend.launch(session, lambda: session.start(profile, overrides or (), name, anyway))
+    if session.warning:
+        print(f"retention-tui: {session.warning}", file=sys.stderr)
     raise SystemExit(attend.attend(session, no_screen, as_json))
 
 

@@ -77,8 +77,8 @@ class Progress:
     def __init__(self) -> None:
         self.opened: RunOpened | None = None
         self.ended: RunEnded | None = None
-        self.interrupted = False
-        """True where nothing more will be heard of the run, though it has not said its end."""
+        self.lost = ""
+        """Where nothing more will be heard of the run, though it has not said its end: the word for that."""
         self.state = State.LOADING
         self.reason = ""
         self.step = 0
@@ -112,7 +112,7 @@ class Progress:
     @property
     def over(self) -> bool:
         """True once nothing more will come."""
-        return self.state.final or self.interrupted
+        return self.state.final or bool(self.lost)
 
     @property
     def fraction(self) -> float:
@@ -192,7 +192,7 @@ class Progress:
                 if event.state is State.FAILED:
                     self.unread.append(entry)
             case ConnectionLost():
-                self.interrupted, self.reason, self.remaining_seconds = True, event.text, None
+                self.lost, self.reason, self.remaining_seconds = event.word, "", None
                 self.unread.append(self._note(event.time, Weight.CRITICAL, event.text))
 
     def _step(self, event: StepCompleted) -> None:

@@ -67,6 +67,8 @@ class Session:
         """How the last run ended, once it was waited for."""
         self.background: Background | None = None
         """The last run that was started in the background."""
+        self.warning = ""
+        """What the last run's plan warns of, in one line."""
         self.on_launch: Callable[[RunDirectory], None] = lambda run: None
         """Called with each run just before it starts, on whatever thread starts it."""
         self._engine: Engine | None = None
@@ -77,10 +79,13 @@ class Session:
         self._hooks = Hooks()
         self._starting, self._owning = threading.Lock(), threading.Lock()
 
-    def start(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> LocalClient:
-        """Starts a new run of a profile. Raises `UserError` in one line."""
+    def start(
+        self, profile: str, overrides: Sequence[str] = (), name: str | None = None, anyway: bool = False
+    ) -> LocalClient:
+        """Starts a new run of a profile, `anyway` also where it cannot fit. Raises `UserError` in one line."""
         resolved = load_profile(profile, overrides)
         set_mlx_variables(resolved.host)  # before anything loads MLX; the run says what of it could not be
+        self.warning = _foresee(resolved, anyway)
         with self._starting_alone():
             run = create_run(self.runs_folder, find_profile(profile).stem, _identity(resolved), name)
             return self._launch(run, resolved, None)
@@ -97,11 +102,14 @@ class Session:
         with self._starting_alone():
             return self._launch(found, resolved, which)
 
-    def start_in_background(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> Background:
-        """Starts a new run in a process of its own. Raises `UserError` in one line."""
+    def start_in_background(
+        self, profile: str, overrides: Sequence[str] = (), name: str | None = None, anyway: bool = False
+    ) -> Background:
+        """As `start`, in a process of its own. Raises `UserError` in one line."""
         load_profile(profile, overrides)  # what is wrong with it is said at once
         settings = [word for override in overrides for word in ("--set", override)]
-        return self._start_in_background(["run", profile, *settings, *(["--name", name] if name else [])])
+        options = [*settings, *(["--name", name] if name else []), *(["--anyway"] if anyway else [])]
+        return self._start_in_background(["run", profile, *options])
 
     def resume_in_background(self, run: str, which: str = "latest") -> Background:
         """Goes on with a run in a process of its own. Raises `UserError` in one line."""
@@ -243,3 +251,13 @@ def _identity(profile: Profile) -> dict[str, object]:
     from engine.environment import environment  # loads MLX
 
     return {"profile": profile.model_dump(mode="json", by_alias=True), "environment": environment()}
+
+
+def _foresee(profile: Profile, anyway: bool) -> str:
+    """What a run's plan warns of; raises `UserError` where this machine has not enough memory, except `anyway`."""
+    from engine.planner import plan, refuse_what_cannot_fit  # loads MLX
+
+    made = plan(profile)
+    if not anyway:
+        refuse_what_cannot_fit(made)
+    return made.warning

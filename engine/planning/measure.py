@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -49,12 +48,11 @@ def measure(profile: Profile) -> Measured:
     Raises `UserError` in one line where the step fails, also where the system kills it because memory is used up.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "engine.planning.measure"],
+        [sys.executable, "-P", "-m", "engine.planning.measure"],
         input=json.dumps(profile.model_dump(mode="json", by_alias=True)),
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parents[2],
     )
     if done.returncode == _KILLED:
         raise UserError("the measured step was killed by the system: this machine has too little memory for it")

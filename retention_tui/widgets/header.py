@@ -22,8 +22,6 @@ STATE_COLOURS = {
     State.STOPPED: "$foreground 60%",
     State.FAILED: "$error",
 }
-INTERRUPTED = "interrupted"
-"""The word for a run whose process is gone and that has not said its end."""
 FAINT = "$foreground 55%"
 _TREND_COLOURS = {Trend.FALLING: "$success", Trend.RISING: "$warning", Trend.LEVEL: FAINT, Trend.UNKNOWN: FAINT}
 _DOT_WIDTH = len("● validating")
@@ -92,11 +90,11 @@ class RunHeader(Widget):
 
     @property
     def _word(self) -> str:
-        return INTERRUPTED if self._progress.interrupted else str(self._progress.state)
+        return self._progress.lost or str(self._progress.state)
 
     @property
     def _colour(self) -> str:
-        return "$warning" if self._progress.interrupted else STATE_COLOURS[self._progress.state]
+        return "$warning" if self._progress.lost else STATE_COLOURS[self._progress.state]
 
     def _times(self, width: int) -> Content:
         progress = self._progress
