@@ -354,7 +354,8 @@ def test_this_machine_agrees_with_psutil() -> None:
     assert reading.process_bytes == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
 
 
-LIMIT = 128 << 20
+MB = 1 << 20
+LIMIT = 512 * MB
 INSIDE = """
     import json, sys
     from pathlib import Path
@@ -417,16 +418,17 @@ def inside(group: Path) -> Iterator[Callable[[str], tuple[int, int, str, str]]]:
 
 @linux
 def test_a_real_control_group_that_fills_up(inside: Callable[[str], tuple[int, int, str, str]]) -> None:
+    """The kernel charges a little more than is asked for: in batches for each core, and in large pages."""
     limit, before, level, _ = inside("")
     assert (limit, level) == (LIMIT, Level.GREEN)
-    _, after, level, _ = inside(f"eat {40 << 20}")
-    assert before - after == pytest.approx(40 << 20, rel=0.1)
+    _, after, level, _ = inside(f"eat {100 * MB}")
+    assert before - 125 * MB < after <= before - 100 * MB
     assert level == Level.GREEN
-    _, left, level, cause = inside(f"eat {after - (10 << 20)}")
-    assert left == pytest.approx(10 << 20, abs=3 << 20)
+    _, left, level, cause = inside(f"eat {after - 45 * MB}")
+    assert 25 * MB < left <= 46 * MB
     assert level == Level.YELLOW
-    assert cause.startswith("control group at 9") and "0.1 GB" in cause
-    assert inside(f"eat {left - (4 << 20)}")[2] == Level.RED
+    assert cause.startswith("control group at 9") and "0.5 GB" in cause
+    assert inside(f"eat {left - 20 * MB}")[2] == Level.RED
 
 
 @linux
@@ -434,12 +436,15 @@ def test_files_are_no_pressure_in_a_real_control_group(
     group: Path, inside: Callable[[str], tuple[int, int, str, str]], tmp_path: Path
 ) -> None:
     """A file larger than the limit goes through the cache: the limit is met again and again, and nothing is wrong."""
+    version_1 = (group / "memory.failcnt").exists()
     inside("")
-    _, available, level, cause = inside(f"{tmp_path / 'large'} {2 * LIMIT}")
-    met = (group / "memory.failcnt" if (group / "memory.failcnt").exists() else group / "memory.events").read_text()
+    (group / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(96 * MB))
+    limit, available, level, cause = inside(f"{tmp_path / 'large'} {160 * MB}")
+    met = (group / ("memory.failcnt" if version_1 else "memory.events")).read_text()
     assert any(int(count) for count in met.split() if count.isdecimal()), "the limit was never met"
+    assert limit == 96 * MB
     assert level == Level.GREEN, cause
-    assert available > LIMIT / 3
+    assert available > 96 * MB / 3
 
 
 # --- macOS, by stand-ins ----------------------------------------------------------------------------------------------
@@ -635,7 +640,7 @@ NVML = """
     int nvmlDeviceGetHandleByUUID(const char *name, void **handle) { *handle = &device; return name[4] == 'a' ? 0 : 2; }
     int nvmlDeviceGetMemoryInfo(void *handle, struct memory *memory) {
         if (handle != &device) return 2;
-        memory->total = 150000000000ull; memory->free = 110000000000ull; memory->used = 40000000000ull;
+        memory->total = 150000000000ull; memory->free = 110000000000ull; memory->used = 39000000000ull;
         return 0;
     }
 """
@@ -644,12 +649,14 @@ NVML = """
 class TestNvidia:
     NONE = "libthere-is-none.so.1"
 
-    @pytest.mark.parametrize(("answer", "memory"), [("38147, 143052", (38147 << 20, 143052 << 20)), ("[N/A], 3", None)])
+    @pytest.mark.parametrize(
+        ("answer", "memory"), [("104905, 143052", (38147 << 20, 143052 << 20)), ("[N/A], 3", None)]
+    )
     def test_nvidia_smi_is_asked_where_there_is_no_library(
         self, bin: Path, answer: str, memory: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
-        arguments = "--query-gpu=memory.used,memory.total --format=csv,noheader,nounits --id=1"
+        arguments = "--query-gpu=memory.free,memory.total --format=csv,noheader,nounits --id=1"
         stand_in(bin, "nvidia-smi", f'test "$*" = "{arguments}" && echo "{answer}"')
         gpu = NvidiaMemory(Programs(patient=True), self.NONE)
         if memory is not None:
@@ -686,7 +693,7 @@ class TestNvidia:
         by_library = NvidiaMemory(Programs(patient=True)).read()
         by_program = NvidiaMemory(Programs(patient=True), self.NONE).read()
         assert by_library.total_bytes == pytest.approx(by_program.total_bytes, rel=0.03)
-        assert by_library.used_bytes == pytest.approx(by_program.used_bytes, abs=2e9)
+        assert by_library.used_bytes == pytest.approx(by_program.used_bytes, abs=1e9)
 
 
 # --- watching ---------------------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from typing import NamedTuple
 from engine.host.programs import Programs
 
 _LIBRARY = "libnvidia-ml.so.1"
-_QUERY = "--query-gpu=memory.used,memory.total"
+_QUERY = "--query-gpu=memory.free,memory.total"
 
 
 class GpuMemory(NamedTuple):
+    """What is in use has the driver's own part with it, because nobody can have that."""
+
     used_bytes: int
     total_bytes: int
 
@@ -48,12 +50,12 @@ class NvidiaMemory:
             raise OSError("no NVML")
         memory = _Memory()
         _check(self._nvml.nvmlDeviceGetMemoryInfo(self._device, ctypes.byref(memory)))
-        return GpuMemory(memory.used, memory.total)
+        return GpuMemory(memory.total - memory.free, memory.total)
 
     def _ask_program(self) -> GpuMemory:
         answer = self._programs.answer("nvidia-smi", _QUERY, "--format=csv,noheader,nounits", f"--id={self._gpu}")
-        used, total = (int(mebibytes) << 20 for mebibytes in answer.split(","))
-        return GpuMemory(used, total)
+        free, total = (int(mebibytes) << 20 for mebibytes in answer.split(","))
+        return GpuMemory(total - free, total)
 
 
 def _first_visible() -> str:
