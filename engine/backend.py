@@ -87,6 +87,27 @@ def scalar(array: mx.array) -> float:
     return float(cast(float, array.item()))
 
 
+_OUT_OF_MEMORY = ("[metal::malloc]", "out of memory", "unable to allocate", "memoryallocation")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up. MLX has no type for it, only words, which differ by backend."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in words for sign in _OUT_OF_MEMORY)
+
+
+def clear_cache() -> int:
+    """Gives back what MLX keeps for later; how many bytes that were."""
+    kept = mx.get_cache_memory()
+    mx.clear_cache()
+    return max(0, kept - mx.get_cache_memory())
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """What MLX may hold, its cache included. Beyond it it first empties the cache; it never waits or fails for it."""
+    mx.set_memory_limit(limit_bytes)
+
+
 def memory_bytes() -> dict[str, float]:
     """MLX's active, peak and cache memory and this process's own, as metrics. The peak does not contain the cache."""
     return {

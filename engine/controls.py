@@ -12,9 +12,13 @@ from engine.commands import (
     Generate,
     Pause,
     Resume,
+    Set,
     Stop,
     Validate,
 )
+from engine.errors import ExitCode
+from engine.events import State
+from engine.outcome import Outcome
 
 
 class Controls:
@@ -27,9 +31,16 @@ class Controls:
         cancel_answer: Callable[[str], None],
     ) -> None:
         self._inbox, self._ask, self._cancel_answer = inbox, ask, cancel_answer
-        self.paused = False
-        self.stop: Stop | None = None
-        self._checkpoint = self._validate = False
+        self.ending: Outcome | None = None
+        """How the run shall end, once that was asked for."""
+        self.held = ""
+        """Why a guard holds the run, in words; empty while none does. The owner's `Resume` overrules it."""
+        self._paused = self._checkpoint = self._validate = False
+        self._settings: list[Set] = []
+
+    def waits(self) -> bool:
+        """Whether the run shall wait, as asked by its owner or by a guard."""
+        return (self._paused or bool(self.held)) and self.ending is None
 
     def listen(self, timeout_seconds: float = 0.0) -> None:
         """Takes every command that is waiting; waits for a first one at most `timeout_seconds`."""
@@ -39,6 +50,10 @@ class Controls:
                 self._take(self._inbox.get_nowait())
         except Empty:
             return
+
+    def end(self, outcome: Outcome) -> None:
+        """The run shall end so; what was asked first stays."""
+        self.ending = self.ending or outcome
 
     def checkpoint_asked(self) -> bool:
         """True once after a checkpoint was asked for."""
@@ -50,18 +65,25 @@ class Controls:
         asked, self._validate = self._validate, False
         return asked
 
+    def settings_asked(self) -> list[Set]:
+        """The settings that were asked for since the last call."""
+        asked, self._settings = self._settings, []
+        return asked
+
     def _take(self, command: Command) -> None:
         match command:
             case Pause():
-                self.paused = True
+                self._paused = True
             case Resume():
-                self.paused = False
+                self._paused, self.held = False, ""
             case Checkpoint():
                 self._checkpoint = True
             case Validate():
                 self._validate = True
             case Stop():
-                self.stop = self.stop or command
+                self.end(Outcome(State.STOPPED, command.reason, ExitCode.OK, command.checkpoint))
+            case Set():
+                self._settings.append(command)
             case Generate():
                 self._ask(command)
             case CancelGeneration():

@@ -99,11 +99,12 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm(Event):
-    """Something the owner should know; `level` is `warning` or `critical`."""
+    """Something the owner should know; `level` is `warning` or `critical`, `guard` the one that raised it."""
 
     kind: ClassVar[str] = "alarm"
     level: str
     text: str
+    guard: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from engine.events import (
     AnswerText,
     Event,
     Notice,
+    Reading,
     RunEnded,
     State,
     StateChanged,
@@ -60,6 +61,18 @@ class Journal:
         self._write_log(event)
         if not isinstance(event, _NOT_STORED):
             self._store.record_event(event)
+            self.flush()
+
+    def store(self, event: Event) -> None:
+        """Stores what was said and logged elsewhere."""
+        if self._store is not None:
+            self._store.record_event(event)
+            self.flush()
+
+    def record_reading(self, reading: Reading) -> None:
+        """Stores what was read of the machine."""
+        if self._store is not None:
+            self._store.record_reading(reading)
             self.flush()
 
     def enter(self, state: State, reason: str = "") -> None:

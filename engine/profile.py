@@ -198,7 +198,7 @@ class DivergenceGuard(Section):
     ] = 6
     grad_norm_factor: Annotated[
         float, quantity("a grad norm so many times the median of the window is a spike; 0: never", ge=0)
-    ] = 20
+    ] = 100
     window_steps: Annotated[int, quantity("the last steps that a spike is measured by", unit="steps", ge=16)] = 128
     skips: Annotated[
         int, quantity("bad steps in a row that are skipped; the next one goes back, or stops", unit="steps", ge=0)
@@ -237,6 +237,7 @@ class Guard(Section):
     max_hours: Annotated[
         float | None, quantity("checkpoint and stop after so long, pauses included", unit="hours", gt=0)
     ] = None
+    hang_seconds: Annotated[float, quantity("the shortest silence that may be one", unit="seconds", gt=0)] = 30
     hang_factor: Annotated[
         float, quantity("no progress in so many times the median step is an alarm; 0: never", ge=0)
     ] = 20

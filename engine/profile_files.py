@@ -97,6 +97,12 @@ def validate_profile(table: Mapping[str, Any], where: str) -> Profile:
         raise UserError(f"{where}: {_describe(problems[0])}{more}") from None
 
 
+def with_override(profile: Profile, override: str) -> Profile:
+    """The profile with `train.steps=50` in force, validated. Raises `UserError` in one line."""
+    table = _merge(profile.model_dump(mode="json", by_alias=True), _parse_override(override))
+    return validate_profile(table, where=override)
+
+
 def _read_profile(path: Path) -> dict[str, Any]:
     table = _read_table(path)
     base_name = table.pop("extends", None)

@@ -66,6 +66,10 @@ class Ranks:
         """Rank 0's number, on every rank."""
         return value if self.size == 1 else int(scalar(self.from_chief(mx.array(value, mx.int32))))
 
+    def decide_number(self, value: float) -> float:
+        """As `decide`, for a number that may be rounded to float32 where there are several ranks."""
+        return value if self.size == 1 else scalar(self.from_chief(mx.array(value, mx.float32)))
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank."""
         return flag if self.size == 1 else scalar(self.sum(mx.array(flag, mx.int32))) > 0

@@ -9,36 +9,43 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
+from engine.amendments import Amendments
 from engine.answers import Answers
-from engine.backend import compute_dtype, device_words, memory_bytes, mx, on_gpu
-from engine.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    choose_checkpoint,
-    latest_intact,
-    list_checkpoints,
-    newest_attempt,
-    prune_checkpoints,
-    save_checkpoint,
+from engine.backend import (
+    clear_cache,
+    compute_dtype,
+    device_words,
+    is_out_of_memory,
+    limit_memory,
+    memory_bytes,
+    mx,
+    on_gpu,
 )
-from engine.commands import Command
+from engine.checkpoint import Checkpoint, newest_attempt
+from engine.commands import Command, Set
 from engine.controls import Controls
-from engine.environment import differences, environment
 from engine.errors import ExitCode, UserError
-from engine.events import Alarm, CheckpointSaved, Notice, RunOpened, State, StepCompleted, Validated
-from engine.guards.divergence import DivergenceGuard, Verdict
+from engine.events import Alarm, Notice, RunOpened, State, StepCompleted, Validated
+from engine.guards import Action, ClearCache, End, Hold, LetGo, Shrink, Tell, Warn
+from engine.guards.divergence import DivergenceGuard, Judgement, Verdict
+from engine.guards.early_stopping import EarlyStopping
 from engine.journal import Journal
+from engine.opening import check_identity, compare_ranks, find_checkpoint, find_good_checkpoint
 from engine.optimizer import learning_rate
+from engine.outcome import Outcome
+from engine.oversight import Oversight
 from engine.profile import Profile
 from engine.ranks import RankLost, Ranks
+from engine.saving import Saver
 from engine.store import RunDirectory
 from engine.tasks import make_task
 from engine.update import Gradient, Update
+from engine.vigil import Vigil
 
 from mlx.utils import tree_flatten
 
@@ -47,23 +54,17 @@ CHAT_SHARE = 0.75
 """Time for open chats, as a part of what the micro-batch before took: with the rest of a step, training keeps half."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended."""
-
-    state: State
-    reason: str
-    exit_code: ExitCode
-
-
 @dataclass
 class Progress:
-    """What a checkpoint remembers beside weights and optimizer."""
+    """What a checkpoint remembers beside weights, optimizer and guards."""
 
     step: int = 0
     trained_tokens: int = 0
     elapsed_seconds: float = 0.0
     best_val_loss: float | None = None
+    loss_sum: float = 0.0
+    """Over the `loss_steps` since the last validation."""
+    loss_steps: int = 0
 
 
 class Trainer:
@@ -80,29 +81,51 @@ class Trainer:
         ranks: Ranks,
         journal: Journal,
         inbox: SimpleQueue[Command],
+        vigil: Vigil,
         resume_from: str | None = None,
     ) -> None:
-        if profile.train.batch_size % ranks.size:
-            raise UserError(f"train.batch_size = {profile.train.batch_size} cannot be shared by {ranks.size} ranks")
-        self._run, self._profile, self._ranks, self._journal = run, profile, ranks, journal
-        checkpoint = self._find_checkpoint(resume_from) if resume_from and ranks.chief else None
+        compare_ranks(ranks, profile.train.batch_size, ())
+        self._run, self._profile, self._ranks, self._journal, self._vigil = run, profile, ranks, journal, vigil
+        if profile.guard.memory.limit_gb:
+            limit_memory(int(profile.guard.memory.limit_gb * 1e9))
+        checkpoint = None
+        if resume_from and ranks.chief:
+            checkpoint = find_checkpoint(run, resume_from, self._tell, self._warn)
         self._task = make_task(profile, run.path.parent, checkpoint.path if checkpoint else None)
         self._total_steps = self._task.total_steps()
-        self._compare_ranks()
+        compare_ranks(
+            ranks,
+            profile.train.batch_size,
+            (
+                (self._task.data_digest, "the ranks do not have the same data; copy one machine's data to the others"),
+                (
+                    str(self._total_steps),
+                    "the ranks do not train for the same number of steps; give all of them the same profile",
+                ),
+            ),
+        )
         self._dtype = compute_dtype(profile.train.dtype)
         self._update = Update(self._task, profile.train, ranks, self._dtype, compiled=on_gpu())
         self._answers = Answers(self._task, journal.say, lambda: (self._update.parameters, self.progress.step))
         self._controls = Controls(inbox, self._answers.ask, self._answers.cancel)
-        self._guard = DivergenceGuard(profile.guard.divergence.skips + 1)
+        self._saver = Saver(run, journal, self._task, self._update)
+        self._divergence = DivergenceGuard(profile.guard.divergence)
+        self._early_stopping = EarlyStopping(profile.guard.early_stopping)
+        self._oversight = Oversight(profile.guard, journal, vigil.kept)
+        self._amendments = self._load_amendments()
         self.progress = Progress()
         self._val_loss: tuple[int, float] | None = None
         self._validating = False
-        self._saved: Checkpoint | None = None
-        self._saved_at = time.monotonic()
         self._aside_seconds = self._paused_seconds = 0.0
         self._reported_at = time.monotonic()
         self._pace: deque[float] = deque(maxlen=_PACE_WINDOW_STEPS)
-        self._open(checkpoint)
+        if ranks.chief:
+            check_identity(run, self._task.data_digest, self._warn)
+        if checkpoint is not None and resume_from != "latest":
+            self._try_to_amend(lambda: self._amendments.forget_after(checkpoint.step))
+        self._go_on_from(checkpoint)
+        if checkpoint is None and self._task.borrowed_weights:
+            self._checkpoint()  # what they came from may change or vanish; the run needs it no more
 
     def train(self) -> Outcome:
         """Trains until all steps are done, or a command or a guard ends it; leaves a checkpoint."""
@@ -120,73 +143,137 @@ class Trainer:
     def _take_steps(self) -> Outcome:
         outcome: Outcome | None = None
         while outcome is None:
-            if self._ranks.chief and not self._controls.stop:
-                self._keep_appointments()
-            if self._ranks.any(self._controls.stop is not None):
-                reason = self._controls.stop.reason if self._controls.stop else "another rank was asked to stop"
-                outcome = Outcome(State.STOPPED, reason, ExitCode.OK)
-            elif self.progress.step >= self._total_steps:
-                outcome = Outcome(State.FINISHED, f"all {self._total_steps} steps are done", ExitCode.OK)
-            else:
-                outcome = self._take_step()
+            try:
+                if self._ranks.chief and not self._controls.ending:
+                    self._keep_appointments()
+                if self._ranks.any(self._controls.ending is not None):
+                    outcome = self._controls.ending or Outcome(
+                        State.STOPPED, "another rank was asked to stop", ExitCode.OK
+                    )
+                elif self.progress.step >= self._total_steps:
+                    outcome = Outcome(State.FINISHED, f"all {self._total_steps} steps are done", ExitCode.OK)
+                else:
+                    outcome = self._take_step()
+            except Exception as error:
+                if not is_out_of_memory(error) or self._ranks.size > 1:  # the others would wait for ever
+                    raise
+                outcome = self._make_room(error)
         return outcome
 
     def _take_step(self) -> Outcome | None:
         step, started = self.progress.step + 1, time.monotonic()
         self._aside_seconds = 0.0
-        for number, batch in enumerate(self._task.micro_batches(step, self._ranks.rank, self._ranks.size)):
-            busy = time.monotonic()
-            mx.random.seed(_seed(self._profile.seed, step, number, self._ranks.rank))
-            self._update.accumulate(batch)
-            self._serve(time.monotonic() - busy)
-            if self._controls.stop and self._ranks.size == 1:
-                self._update.drop()  # done again, with the same numbers, when the run is resumed
-                return None
+        if not self._accumulate(step):
+            return None
         gradient = self._update.collect()
-        rate = learning_rate(self._profile.train, step, self._total_steps)
-        verdict = self._guard.judge(gradient.loss, gradient.norm)
-        if verdict is Verdict.APPLY:
+        judgement = self._judge(gradient)
+        rate = self._learning_rate(step)
+        if judgement.verdict is Verdict.APPLY:
             self._update.apply(gradient, rate)
         self.progress.step = step
         self.progress.trained_tokens += gradient.tokens
         self._report(gradient, rate, time.monotonic() - started)
-        if verdict is not Verdict.APPLY:
-            self._warn(f"step {step}: loss {gradient.loss}, grad norm {gradient.norm}: the update was not applied")
-        if verdict is Verdict.STOP:
-            reason = f"training diverged: no finite loss or gradient for {self._guard.limit} steps in a row"
-            return Outcome(State.FAILED, reason, ExitCode.DIVERGED)
+        match judgement.verdict:
+            case Verdict.SKIP:
+                self._warn(f"step {step}: {judgement.reason}: the update was not applied", guard="divergence")
+            case Verdict.GO_BACK:
+                self._go_back(step, judgement.reason)
+            case Verdict.STOP:
+                return self._diverged(step, judgement.reason)
         return None
+
+    def _accumulate(self, step: int) -> bool:
+        """Gathers the gradient of all of this rank's examples; false where the run is to end before that."""
+        examples = self._task.examples(step, self._ranks.rank, self._ranks.size)
+        done = 0
+        while done < len(examples):
+            busy, size = time.monotonic(), self._micro_batch_size
+            mx.random.seed(_seed(self._profile.seed, step, done, self._ranks.rank))
+            try:
+                self._update.accumulate(self._task.batch(examples[done : done + size]))
+                done += size
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                done = 0  # what was accumulated is dropped
+                if outcome := self._make_room(error):
+                    if self._ranks.size > 1:  # the others would wait for ever
+                        raise
+                    self._controls.end(outcome)
+            self._serve(time.monotonic() - busy)
+            if self._controls.ending and self._ranks.size == 1:
+                self._update.drop()  # done again, with the same numbers, when the run is resumed
+                return False
+        return True
 
     def _keep_appointments(self) -> None:
         """Validates and checkpoints the last completed step where it is time, and where that was cut short before."""
-        step, last = self.progress.step, self.progress.step >= self._total_steps
-        if last or _is_due(step, self._profile.validation.every):
+        step, settings = self.progress.step, self._settings
+        if step >= self._total_steps or _is_due(step, settings.validation.every):
             self._validate()
-        settings, minutes = self._profile.checkpoint, (time.monotonic() - self._saved_at) / 60
-        if _is_due(step, settings.every) or (settings.every_minutes and minutes >= settings.every_minutes):
+        minutes = settings.checkpoint.every_minutes
+        if _is_due(step, settings.checkpoint.every) or (minutes and self._saver.minutes >= minutes):
             self._checkpoint()
 
-    # Between micro-batches: chats, commands, pauses
+    # What is in force for the step under way
+
+    @property
+    def _settings(self) -> Profile:
+        return self._amendments.at(self.progress.step + 1)
+
+    @property
+    def _micro_batch_size(self) -> int:
+        share = self._profile.train.batch_size // self._ranks.size
+        return min(self._settings.train.micro_batch_size or share, share)
+
+    def _learning_rate(self, step: int) -> float:
+        rate = learning_rate(self._amendments.at(step).train, step, self._total_steps)
+        return self._ranks.decide_number(rate * self._amendments.learning_rate_scale(step))
+
+    def _amend(self, setting: Set) -> None:
+        self._amendments.set(self.progress.step, setting.key, setting.value)
+        self._oversight.limit(self._settings.guard)
+        self._tell(f"{setting.key} = {setting.value} from step {self.progress.step + 1:,} on")
+
+    def _try_to_amend(self, change: Any) -> None:
+        try:
+            change()
+        except UserError as error:
+            self._warn(str(error))
+
+    def _load_amendments(self) -> Amendments:
+        if not self._ranks.chief:
+            return Amendments(self._profile, (), lambda entries: None)
+        stored = self._run.identity().get("amendments", ())
+        return Amendments(self._profile, stored, lambda entries: self._run.update_identity(amendments=entries))
+
+    # Between micro-batches: chats, commands, guards, pauses
 
     def _serve(self, busy_seconds: float) -> None:
-        """Gives chats their share of the time, does what was asked, and waits while paused."""
+        """Gives chats their share of the time, does what was asked or is needed, and waits while paused or held."""
+        self._vigil.hang.beat()
         self._controls.listen()
         self._answers.serve(CHAT_SHARE * busy_seconds)
         self._do_errands()
+        self._oversee()
         self._hold()
 
     def _hold(self) -> None:
-        """Waits while paused; chats and errands are served meanwhile."""
-        if not self._controls.paused or self._controls.stop:
+        """Waits while paused or held; chats and errands are served meanwhile."""
+        if not self._controls.waits():
             return
         state, paused_at = self._journal.state, time.monotonic()
         with self._aside():
-            self._journal.enter(State.PAUSED)
-            while self._controls.paused and not self._controls.stop:
+            self._journal.enter(State.PAUSED, self._controls.held)
+            self._vigil.hang.rest()
+            while self._controls.waits():
                 self._controls.listen(0.0 if self._answers else 0.5)
                 self._answers.serve(0.0)
                 self._do_errands()
-            if not self._controls.stop:
+                self._oversee()
+            self._oversight.memory.holding = bool(self._controls.held)
+            self._vigil.hang.beat()
+            if not self._controls.ending:
                 self._journal.enter(state)
         self._paused_seconds += time.monotonic() - paused_at
 
@@ -203,12 +290,98 @@ class Trainer:
         step = self.progress.step
         if self._controls.validation_asked() and not self._validating:
             if self._val_loss and self._val_loss[0] == step:
-                self._journal.say(Notice(text=f"step {step} has been validated already"))
+                self._tell(f"step {step} has been validated already")
             self._validate()
         if self._controls.checkpoint_asked():
-            if self._saved_now:
-                self._journal.say(Notice(text=f"step {step} has been saved already"))
+            if self._saver.has(step):
+                self._tell(f"step {step} has been saved already")
             self._checkpoint()
+        for setting in self._controls.settings_asked():
+            self._try_to_amend(lambda setting=setting: self._amend(setting))
+
+    def _oversee(self) -> None:
+        for action in self._oversight.actions():
+            self._carry_out(action)
+
+    def _carry_out(self, action: Action) -> None:
+        """Does what a guard asks for, and says so."""
+        match action:
+            case Warn():
+                self._warn(action.text, "critical" if action.critical else "warning", action.guard)
+            case Tell():
+                self._tell(action.text)
+            case ClearCache():
+                self._warn(f"{action.reason}: cache cleared ({clear_cache() / 1e9:.2f} GB)", guard="memory")
+            case Shrink():
+                self._shrink(action.reason)
+            case Hold():
+                self._warn(f"{action.reason}: pausing until it is green", "critical", "memory")
+                self._controls.held = action.reason
+                self._checkpoint()
+                clear_cache()
+            case LetGo():
+                self._tell(f"{action.reason}: going on")
+                self._controls.held = ""
+            case End():
+                self._controls.end(action.outcome)
+
+    def _shrink(self, reason: str) -> bool:
+        """Halves the micro-batch from the next one on; the step stays the same. False where it cannot be halved."""
+        size = self._micro_batch_size
+        if size == 1:
+            return False
+        step = f"{self._profile.train.batch_size} sequences a step"
+        self._try_to_amend(lambda: self._amendments.set(self.progress.step, "train.micro_batch_size", str(size // 2)))
+        clear_cache()
+        self._warn(f"{reason}: micro-batch {size} → {size // 2}, still {step}", guard="memory")
+        return True
+
+    # When a step is no good, or there is no room for it
+
+    def _judge(self, gradient: Gradient) -> Judgement:
+        judgement = self._divergence.judge(gradient.loss, gradient.norm, self._amendments.rollbacks)
+        verdict = Verdict(self._ranks.decide(judgement.verdict))  # only rank 0 knows of the steps before a resume
+        return Judgement(verdict, judgement.reason)
+
+    def _go_back(self, step: int, reason: str) -> None:
+        """Goes on from a good checkpoint before the trouble, with a lower learning rate."""
+        checkpoint = None
+        if self._ranks.chief:
+            checkpoint = find_good_checkpoint(self._run, step - self._divergence.in_a_row, self._warn)
+        to_step = self._ranks.decide(checkpoint.step if checkpoint else 0)
+        self._try_to_amend(lambda: self._amendments.go_back(to_step, reason))
+        scale = self._amendments.learning_rate_scale(to_step + 1)
+        text = f"step {step}: {reason}: going back to step {to_step}, with {scale:g} of the learning rate"
+        self._warn(text, "critical", "divergence")
+        self._go_on_from(checkpoint)
+
+    def _diverged(self, step: int, reason: str) -> Outcome:
+        times = f" after going back {self._amendments.rollbacks} times" if self._amendments.rollbacks else ""
+        steps = f"{self._divergence.in_a_row} steps in a row were not applied"
+        return Outcome(State.FAILED, f"training diverged: {steps}{times}; step {step}: {reason}", ExitCode.DIVERGED)
+
+    def _make_room(self, error: Exception) -> Outcome | None:
+        """After MLX ran out of memory: goes back to before the step and halves the micro-batch; or there is no way."""
+        traceback.clear_frames(error.__traceback__)  # their arrays may be what fills the memory
+        self._update.drop()
+        self._answers.end_all("out of memory")
+        clear_cache()
+        words = " ".join(str(error).split())
+        if self._profile.guard.memory.shrink and self._shrink(f"out of memory ({words})"):
+            if not self._update.intact:
+                self._restore_last()
+            return None
+        return Outcome(
+            State.STOPPED,
+            f"out of memory with the smallest micro-batch ({words}); {_less_memory(self._profile)}",
+            ExitCode.MEMORY,
+        )
+
+    def _restore_last(self) -> None:
+        """The weights were spoiled half-way through an update: back to the last checkpoint."""
+        checkpoint = find_checkpoint(self._run, "latest", self._tell, self._warn)
+        self._warn(f"the update failed half-way: going back to step {checkpoint.step if checkpoint else 0}")
+        self._go_on_from(checkpoint)
 
     # What a step leaves behind
 
@@ -217,7 +390,9 @@ class Trainer:
         seconds = max(step_seconds - self._aside_seconds, 1e-9)
         self._pace.append(now - self._reported_at - self._paused_seconds)  # with validations and checkpoints
         self._reported_at, self._paused_seconds = now, 0.0
+        self._vigil.hang.beat(seconds)
         progress.elapsed_seconds += seconds
+        progress.loss_sum, progress.loss_steps = progress.loss_sum + gradient.loss, progress.loss_steps + 1
         metrics = {
             "loss": gradient.loss,
             "grad_norm": gradient.norm,
@@ -227,6 +402,7 @@ class Trainer:
             "tokens_per_second": gradient.tokens / seconds,
             "trained_tokens": progress.trained_tokens,
             "elapsed_seconds": progress.elapsed_seconds,
+            "micro_batch_size": self._micro_batch_size,
             **memory_bytes(),
         }
         self._journal.record(progress.step, {**metrics, "time": time.time()})
@@ -243,7 +419,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Measures the held-out loss of the last completed step, once; a stop cuts it short."""
-        step = self.progress.step
+        step, progress = self.progress.step, self.progress
         if self._val_loss and self._val_loss[0] == step:
             return
         with self._aside():
@@ -251,100 +427,78 @@ class Trainer:
             if metrics is None:
                 return
             loss = metrics["val_loss"]
-            best = math.isfinite(loss) and loss < (self.progress.best_val_loss or math.inf)
+            best = math.isfinite(loss) and loss < (progress.best_val_loss or math.inf)
             self._val_loss = (step, loss)
             self._journal.record(step, metrics)
             self._journal.say(Validated(step=step, metrics=metrics, best=best))
+            train_loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan
+            progress.loss_sum, progress.loss_steps = 0.0, 0
+            actions = self._early_stopping.judge(step, loss, train_loss)
             if best:
-                self.progress.best_val_loss = loss
-            if best or self._saved_now:
+                progress.best_val_loss = loss
+            if best or self._saver.has(step):
                 self._checkpoint()  # the best is always kept
+            for action in actions:
+                self._carry_out(action)
 
     def _heldout_metrics(self) -> Mapping[str, float] | None:
         """None when it was stopped. Chats are served and pauses kept between micro-batches, as in training."""
         state, loss_sum, tokens = self._journal.state, 0.0, 0
         self._journal.enter(State.VALIDATING)
         self._validating = True
-        for batch in islice(self._task.heldout(), self._profile.validation.batches or None):
-            busy = time.monotonic()
-            loss_sum += self._update.loss(batch)
-            tokens += batch.tokens
-            self._controls.listen()
-            self._answers.serve(CHAT_SHARE * (time.monotonic() - busy))
-            if state is not State.PAUSED:  # what was asked for in a pause is done in it
-                self._hold()
-            if self._controls.stop:
-                return None
-        self._validating = False
+        try:
+            for batch in self._task.heldout(self._micro_batch_size, self._heldout_examples):
+                busy = time.monotonic()
+                loss_sum += self._update.loss(batch)
+                tokens += batch.tokens
+                self._vigil.hang.beat()
+                self._controls.listen()
+                self._answers.serve(CHAT_SHARE * (time.monotonic() - busy))
+                self._oversee()
+                if state is not State.PAUSED:  # what was asked for in a pause is done in it
+                    self._hold()
+                if self._controls.ending:
+                    return None
+        finally:
+            self._validating = False
         self._journal.enter(state)
         return self._task.heldout_metrics(loss_sum, tokens)
 
+    @property
+    def _heldout_examples(self) -> int | None:
+        """So many whatever the micro-batch has shrunk to, as otherwise scores could not be compared."""
+        train = self._profile.train
+        return self._settings.validation.batches * (train.micro_batch_size or train.batch_size) or None
+
     def _checkpoint(self) -> bool:
-        """Saves the last completed step. A failure is an alarm, not an end: the checkpoints before it stay."""
         if not self._ranks.chief:
             return True
-        try:
-            with self._aside():
-                self._save()
-        except CheckpointError as error:
-            self._warn(f"{error}; training goes on, the checkpoints before it are kept", "critical")
-            return False
-        finally:
-            self._saved_at = time.monotonic()
-        return True
-
-    @property
-    def _saved_now(self) -> bool:
-        return self._saved is not None and self._saved.step == self.progress.step
-
-    def _save(self) -> None:
-        step, started = self.progress.step, time.monotonic()
+        step = self.progress.step
         val_loss = self._val_loss[1] if self._val_loss and self._val_loss[0] == step else None
         state = {
             "progress": asdict(self.progress),
-            "guard": {"nan_steps_in_a_row": self._guard.in_a_row},
-            "micro_batch_size": self._profile.train.micro_batch_size,
+            "guard": {"divergence": self._divergence.state(), "early_stopping": self._early_stopping.state()},
+            "micro_batch_size": self._micro_batch_size,
             "val_loss": val_loss if val_loss is None or math.isfinite(val_loss) else None,
         }
-        if self._saved is not None and self._saved.step == step:
-            self._saved.note(**state)  # it may have been validated since
-            return
-        self._saved = save_checkpoint(
-            self._run,
-            step,
-            self._journal.attempt,
-            lambda folder: self._task.save(self._update.parameters, folder),
-            self._update.optimizer_state(),
-            state,
-        )
-        self._prune()
-        seconds, size = time.monotonic() - started, self._saved.size_bytes()
-        path = str(self._saved.path)
-        self._journal.say(CheckpointSaved(step=step, path=path, size_bytes=size, seconds=seconds))
-
-    def _prune(self) -> None:
-        if not self._journal.stored:
-            return  # what belongs to this attempt is known from the store
-        try:
-            prune_checkpoints(self._run, self._profile.checkpoint.keep)
-        except UserError as error:
-            self._warn(f"{error}; old checkpoints are kept meanwhile")
+        with self._aside():
+            return self._saver.save(step, self._settings.checkpoint.keep, state)
 
     # Opening and closing
 
-    def _open(self, checkpoint: Checkpoint | None) -> None:
-        if self._ranks.chief:
-            self._check_identity()
-        self._update.restore(self._task.initial_parameters(), checkpoint.optimizer_state() if checkpoint else None)
-        if checkpoint is not None:
-            state = checkpoint.state()
-            self.progress = Progress(**state["progress"])
-            self._guard.in_a_row = state["guard"]["nan_steps_in_a_row"]
-            self._saved = checkpoint
-            if state["val_loss"] is not None:
-                self._val_loss = (checkpoint.step, state["val_loss"])
+    def _go_on_from(self, checkpoint: Checkpoint | None) -> None:
+        """Takes weights, optimizer and all that a checkpoint remembers, or begins at step 0; opens an attempt."""
+        parameters = self._task.load(checkpoint.path) if checkpoint else self._task.initial_parameters()
+        self._update.restore(parameters, checkpoint.optimizer_state() if checkpoint else None)
+        state = checkpoint.state() if checkpoint else {}
+        self.progress, guard = Progress(**state.get("progress", {})), state.get("guard", {})
+        self._divergence.restore(guard.get("divergence", {}))
+        self._early_stopping.restore(guard.get("early_stopping", {}))
+        self._saver.adopt(checkpoint)
+        val_loss = state.get("val_loss")
+        self._val_loss = None if val_loss is None else (self.progress.step, val_loss)
         self.progress.step = self._ranks.decide(self.progress.step)
-        self._guard.in_a_row = self._ranks.decide(self._guard.in_a_row)
+        self._pace.clear()
         self._update.agree()
         newest = newest_attempt(self._run) if self._ranks.chief else 0
         attempt = self._journal.begin_attempt(self.progress.step, self._total_steps, newest)
@@ -361,45 +515,13 @@ class Trainer:
                 attempt=attempt,
             )
         )
-        if checkpoint is None and self._task.borrowed_weights:
-            self._checkpoint()  # what they came from may change or vanish; the run needs it no more
-
-    def _compare_ranks(self) -> None:
-        """What the ranks must have in common, as each takes its share of the same batches."""
-        if not self._ranks.same(self._task.data_digest):
-            raise UserError("the ranks do not have the same data; copy one machine's data to the others")
-        if not self._ranks.same(str(self._total_steps)):
-            raise UserError("the ranks do not train for the same number of steps; give all of them the same profile")
-
-    def _check_identity(self) -> None:
-        identity = self._run.identity()
-        recorded = identity.get("data_digest")
-        if recorded is None:
-            self._run.update_identity(data_digest=self._task.data_digest)
-            return
-        for difference in differences(identity.get("environment", {}), environment()):
-            self._warn(f"{difference}: the losses may differ in their last digits from a run never interrupted")
-        if recorded != self._task.data_digest:
-            raise UserError(
-                f"run {self._run.name}: its data are not those that it began with; bring them back, or start a new run"
-            )
-
-    def _find_checkpoint(self, which: str) -> Checkpoint | None:
-        if which != "latest":
-            return choose_checkpoint(self._run, which)
-        checkpoints = list_checkpoints(self._run)
-        if not checkpoints:
-            self._journal.say(Notice(text="there is no checkpoint to resume from: starting again at step 0"))
-            return None
-        return latest_intact(self._run, checkpoints, self._warn)
 
     def _close(self, outcome: Outcome) -> Outcome:
         self._answers.end_all("run ended")
         if outcome.state is not State.FINISHED:
             self._journal.enter(State.STOPPING, outcome.reason)
-        wanted = self._controls.stop is None or self._controls.stop.checkpoint
         begun = self.progress.step > 0  # before the first step there is nothing that the seed does not give again
-        if not wanted or not begun or self._checkpoint():
+        if not outcome.checkpoint or not begun or (self._update.intact and self._checkpoint()):
             return outcome
         reason = f"{outcome.reason}, but its last checkpoint could not be written: resume goes on from the one before"
         return Outcome(State.FAILED, reason, outcome.exit_code or ExitCode.BAD_INPUT)
@@ -413,8 +535,17 @@ class Trainer:
             if self._update.intact:
                 self._checkpoint()
 
-    def _warn(self, text: str, level: str = "warning") -> None:
-        self._journal.say(Alarm(level=level, text=text))
+    def _warn(self, text: str, level: str = "warning", guard: str = "") -> None:
+        self._journal.say(Alarm(level=level, text=text, guard=guard))
+
+    def _tell(self, text: str) -> None:
+        self._journal.say(Notice(text=text))
+
+
+def _less_memory(profile: Profile) -> str:
+    if not profile.train.gradient_checkpointing:
+        return "train.gradient_checkpointing=true takes less"
+    return f"a train.sequence_length below {profile.train.sequence_length} takes less"
 
 
 def _is_due(step: int, every: int) -> bool:

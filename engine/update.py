@@ -45,7 +45,7 @@ class Update:
         self.parameters: Any = task.model.trainable_parameters()
         self.optimizer = AdamW(train)
         self.optimizer.init(self.parameters)
-        self._task, self._ranks, self._clip_norm, self._dtype = task, ranks, train.clip_norm, dtype
+        self._task, self._train, self._ranks, self._dtype = task, train, ranks, dtype
         self._sums: tuple[mx.array, Any] | None = None
         self._tokens = 0
         self.intact = True
@@ -94,8 +94,8 @@ class Update:
     def apply(self, gradient: Gradient, learning_rate: float) -> None:
         """Clips by the global norm and moves the weights."""
         scale = 1.0 / gradient.tokens
-        if self._clip_norm and gradient.norm > self._clip_norm:
-            scale *= self._clip_norm / gradient.norm
+        if self._train.clip_norm and gradient.norm > self._train.clip_norm:
+            scale *= self._train.clip_norm / gradient.norm
         self.intact = False
         self.optimizer.learning_rate = learning_rate
         self.parameters, self.optimizer.state = self._apply(
@@ -113,11 +113,16 @@ class Update:
         return dict(tree_flatten(self.optimizer.state))
 
     def restore(self, parameters: Any, optimizer_state: Mapping[str, mx.array] | None) -> None:
-        """Takes weights, and the optimizer's state where there is one (a fresh one stays otherwise)."""
+        """Takes weights and the optimizer's state, a fresh one where there is none; forgets what was accumulated."""
         self.parameters = parameters
-        if optimizer_state is not None:
+        if optimizer_state is None:
+            self.optimizer = AdamW(self._train)
+            self.optimizer.init(parameters)
+        else:
             self.optimizer.state = tree_unflatten(list(optimizer_state.items()))
+        self.drop()
         mx.eval(self.parameters, self.optimizer.state)
+        self.intact = True
 
     def agree(self) -> None:
         """Gives every rank the chief's weights and optimizer state."""

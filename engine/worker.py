@@ -12,33 +12,36 @@ from typing import TYPE_CHECKING
 
 from engine.commands import Command, Generate
 from engine.errors import ExitCode, UserError
-from engine.events import AnswerEnded, Event, RunEnded, State, StepCompleted
+from engine.events import AnswerEnded, Event, Reading, RunEnded, State, StepCompleted
 from engine.journal import Journal
 from engine.profile import Profile
 from engine.store import RunDirectory
+from engine.vigil import Vigil
 
 if TYPE_CHECKING:
+    from engine.host import Machine
     from engine.ranks import Ranks
 
-_STEPS_KEPT = 4096
+_KEPT = 4096
+_FREQUENT = (StepCompleted, Reading)
 
 
 class Mailbox:
     """Events for one reader, who may be slow or gone: the engine never waits for it.
 
-    It is bounded by thinning steps out, oldest first; no other event is lost.
+    It is bounded by thinning steps and readings out, oldest first; no other event is lost.
     """
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
-        self._steps = 0
+        self._frequent = 0
         self._arrived = threading.Condition()
 
     def put(self, event: Event) -> None:
         with self._arrived:
             self._events.append(event)
-            self._steps += isinstance(event, StepCompleted)
-            if self._steps > 2 * _STEPS_KEPT:
+            self._frequent += isinstance(event, _FREQUENT)
+            if self._frequent > 2 * _KEPT:
                 self._thin_out()
             self._arrived.notify()
 
@@ -49,29 +52,36 @@ class Mailbox:
                 self._arrived.wait(timeout_seconds)
             taken = list(self._events)
             self._events.clear()
-            self._steps = 0
+            self._frequent = 0
         return taken
 
     def _thin_out(self) -> None:
-        surplus = self._steps - _STEPS_KEPT
+        surplus = self._frequent - _KEPT
         kept: deque[Event] = deque()
         for event in self._events:
-            if surplus and isinstance(event, StepCompleted):
+            if surplus and isinstance(event, _FREQUENT):
                 surplus -= 1
             else:
                 kept.append(event)
-        self._events, self._steps = kept, _STEPS_KEPT
+        self._events, self._frequent = kept, _KEPT
 
 
 class Engine:
     """One run in one thread of this process. Make it, subscribe, start it, send it commands, join it.
 
     `resume_from` is None for a new run, `latest`, or a step's number. One that `assists` another process's run says and
-    writes nothing; its `run` is only where other runs are found.
+    writes nothing; its `run` is only where other runs are found. `machine` is looked
+    at while it trains: this one if None.
     """
 
     def __init__(
-        self, run: RunDirectory, profile: Profile, resume_from: str | None = None, assists: bool = False
+        self,
+        run: RunDirectory,
+        profile: Profile,
+        resume_from: str | None = None,
+        assists: bool = False,
+        machine: Machine | None = None,
+        look_every_seconds: float = 1.0,
     ) -> None:
         self.run, self.profile = run, profile
         self.ended: RunEnded | None = None
@@ -81,6 +91,7 @@ class Engine:
         self._ranks: Ranks | None = None
         self._inbox: SimpleQueue[Command] = SimpleQueue()
         self._mailboxes: list[Mailbox] = []
+        self._vigil = Vigil(run, profile, self._say, machine, look_every_seconds)
         self._thread = threading.Thread(target=self._work, name=f"engine of {run.name}")
 
     def subscribe(self) -> Mailbox:
@@ -124,9 +135,10 @@ class Engine:
         self.ended = ended
 
     def _work_to_the_end(self) -> RunEnded:
-        from engine.backend import mx  # MLX's streams belong to the thread that first uses them
+        from engine.backend import is_out_of_memory, mx  # MLX's streams belong to the thread that first uses them
+        from engine.outcome import Outcome
         from engine.ranks import Ranks
-        from engine.trainer import Outcome, Trainer
+        from engine.trainer import Trainer
 
         journal: Journal | None = None
         trainer: Trainer | None = None
@@ -135,20 +147,23 @@ class Engine:
             self.joined.set()
             journal = Journal(None if self._assists else self.run, self._say)
             journal.enter(State.LOADING, "data and model")
-            trainer = Trainer(self.run, self.profile, ranks, journal, self._inbox, self._resume_from)
+            if not self._assists:
+                self._vigil.start()
+            trainer = Trainer(self.run, self.profile, ranks, journal, self._inbox, self._vigil, self._resume_from)
             outcome = trainer.train()
         except UserError as error:
             outcome = Outcome(State.FAILED, str(error), ExitCode.BAD_INPUT)
         except Exception as error:  # a defect of ours: the log gets the traceback, the user one line
             self._log_traceback()
-            reason = f"internal error: {error!r}"
-            if _is_out_of_memory(error):
+            reason, code = f"internal error: {error!r}", ExitCode.DEFECT
+            if is_out_of_memory(error):
                 words = " ".join(str(error).split())
-                reason = f"out of memory ({words}): less is needed with a smaller train.micro_batch_size"
-            outcome = Outcome(State.FAILED, f"{reason}; details {self._details}", ExitCode.DEFECT)
+                reason, code = f"out of memory ({words}): the model itself does not fit", ExitCode.MEMORY
+            outcome = Outcome(State.FAILED, f"{reason}; details {self._details}", code)
         step = trainer.progress.step if trainer else 0
         ended = RunEnded(state=outcome.state, reason=outcome.reason, exit_code=outcome.exit_code, step=step)
         try:
+            self._vigil.stop()
             if journal is not None:
                 journal.end(ended)
         except Exception:  # what the run came to is told all the same
@@ -175,11 +190,3 @@ class Engine:
             return
         with contextlib.suppress(OSError), self.run.log_path.open("a", encoding="utf-8") as log:
             log.write(traceback.format_exc())
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """MLX has no type for it, only words, which differ from one backend to the next."""
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or any(
-        sign in words for sign in ("[metal::malloc]", "out of memory", "unable to allocate")
-    )

@@ -13,9 +13,16 @@ import pytest
 # Tiny matrices gain nothing from a second thread, and tests share their cores with the processes that they start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from ride import Ride, Start
+
 import engine.backend  # noqa: F401  (the fast BLAS must be loaded before anything imports MLX)
+from engine.commands import Stop
+from engine.environment import environment
+from engine.host import Machine
 from engine.profile import Profile
 from engine.profile_files import load_profile
+from engine.runs import create_run
+from engine.store import RunDirectory
 
 TINY = """
 kind = "retention-lm"
@@ -45,6 +52,9 @@ batches = 2
 [checkpoint]
 every = 4
 keep = 2
+
+[host]
+keep_awake = false
 """
 
 
@@ -91,3 +101,23 @@ def tiny_profile(tiny: Path) -> Callable[..., Profile]:
         return load_profile(str(tiny), [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
 
     return load
+
+
+@pytest.fixture
+def start(tiny_profile: Callable[..., Profile], tmp_path: Path) -> Iterator[Start]:
+    """`start(**{"train.steps": 3})`: a tiny run under way; `resume` goes on with one, `machine` is what it watches."""
+    rides: list[Ride] = []
+
+    def go(
+        resume: RunDirectory | None = None, which: str = "latest", machine: Machine | None = None, **overrides: object
+    ) -> Ride:
+        profile = tiny_profile(**overrides)
+        identity = {"profile": profile.model_dump(mode="json", by_alias=True), "environment": environment()}
+        run = resume or create_run(tmp_path / "runs", "tiny", identity)
+        rides.append(Ride(run, profile, which if resume else None, machine))
+        return rides[-1]
+
+    yield go
+    for ride in rides:
+        ride.send(Stop(checkpoint=False))
+        ride.end()

@@ -25,8 +25,8 @@ def main(profile_path: str, steps: str, folder: str) -> None:
     update.restore(tree_map(lambda array: array + ranks.rank, task.initial_parameters()), None)
     update.agree()
     for step in range(1, int(steps) + 1):
-        for batch in task.micro_batches(step, ranks.rank, ranks.size):
-            update.accumulate(batch)
+        for example in task.examples(step, ranks.rank, ranks.size):
+            update.accumulate(task.batch([example]))
         update.apply(update.collect(), 1e-2)
     weights = {f"weights.{name}": array for name, array in tree_flatten(update.parameters)}
     mx.save_safetensors(f"{folder}/rank-{ranks.rank}.safetensors", {**weights, **update.optimizer_state()})

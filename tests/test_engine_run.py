@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ride import Start, losses, same, weights
 
 from engine.answers import Answers
-from engine.backend import mx
-from engine.checkpoint import Checkpoint as SavedCheckpoint
 from engine.checkpoint import best_checkpoint, list_checkpoints
-from engine.commands import CancelGeneration, Checkpoint, Command, Generate, Pause, Resume, Stop, Validate
+from engine.commands import CancelGeneration, Checkpoint, Generate, Pause, Resume, Stop, Validate
 from engine.environment import environment
 from engine.errors import ExitCode
 from engine.events import (
@@ -27,96 +26,16 @@ from engine.events import (
     CheckpointSaved,
     Event,
     Notice,
-    RunEnded,
     RunOpened,
     State,
     StateChanged,
     StepCompleted,
     Validated,
 )
-from engine.guards.divergence import DivergenceGuard, Verdict
 from engine.profile import Profile
 from engine.runs import create_run
 from engine.store import RunDirectory
 from engine.worker import Engine, Mailbox
-
-PATIENCE_SECONDS = 60
-
-
-class Ride:
-    """An engine at work and a reader of its events."""
-
-    def __init__(self, run: RunDirectory, profile: Profile, resume_from: str | None = None) -> None:
-        self.run = run
-        self.engine = Engine(run, profile, resume_from)
-        self._mailbox = self.engine.subscribe()
-        self.events: list[Event] = []
-        self.engine.start()
-
-    def send(self, command: Command) -> None:
-        self.engine.send(command)
-
-    def until(self, wanted: Callable[[Event], bool]) -> Event:
-        """Reads on until an event is wanted; fails when the run ends before."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        position = 0
-        while time.monotonic() < deadline:
-            for event in self._mailbox.take(0.1):
-                self.events.append(event)
-            for event in self.events[position:]:
-                if wanted(event):
-                    return event
-            position = len(self.events)
-            assert self.engine.ended is None or self._mailbox.take() == [], "the run ended before"
-        raise AssertionError(f"waited {PATIENCE_SECONDS} s in vain; last was {self.events[-1:]}")
-
-    def until_step(self, step: int) -> None:
-        self.until(lambda event: isinstance(event, StepCompleted) and event.step >= step)
-
-    def end(self) -> RunEnded:
-        ended = self.engine.join(PATIENCE_SECONDS)
-        assert ended is not None, "the run does not end"
-        self.events += self._mailbox.take()
-        return ended
-
-    def of(self, kind: type) -> list:  # type: ignore[type-arg]
-        return [event for event in self.events if isinstance(event, kind)]
-
-
-Start = Callable[..., Ride]
-
-
-@pytest.fixture
-def start(tiny_profile: Callable[..., Profile], tmp_path: Path) -> Iterator[Start]:
-    rides: list[Ride] = []
-
-    def go(resume: RunDirectory | None = None, which: str = "latest", **overrides: object) -> Ride:
-        profile = tiny_profile(**overrides)
-        identity = {"profile": profile.model_dump(mode="json", by_alias=True), "environment": environment()}
-        run = resume or create_run(tmp_path / "runs", "tiny", identity)
-        rides.append(Ride(run, profile, which if resume else None))
-        return rides[-1]
-
-    yield go
-    for ride in rides:
-        ride.send(Stop(checkpoint=False))
-        ride.end()
-
-
-def losses(run: RunDirectory) -> list[float]:
-    steps, values = run.curve("loss")
-    assert steps.tolist() == list(range(1, len(steps) + 1))
-    return values.tolist()
-
-
-def weights(checkpoint: SavedCheckpoint) -> dict[str, np.ndarray]:
-    loaded = mx.load(str(checkpoint.path / "model.safetensors"))
-    assert isinstance(loaded, dict)
-    return {name: np.array(array) for name, array in loaded.items()}
-
-
-def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_from_beginning_to_end(start: Start) -> None:
@@ -273,7 +192,7 @@ def test_a_question_that_nobody_heard_is_ended_with_the_run(
     mailbox = engine.subscribe()
     engine.send(Generate("early", "The"))
     engine.start()
-    ended = engine.join(PATIENCE_SECONDS)
+    ended = engine.join(60)
     assert ended is not None and ended.exit_code == ExitCode.BAD_INPUT
     *_, answer, last = mailbox.take()
     assert isinstance(answer, AnswerEnded) and (answer.answer, answer.reason) == ("early", "run ended")
@@ -597,60 +516,6 @@ def test_a_disk_that_stays_full_ends_a_run_in_one_line(start: Start) -> None:
     again = start(resume=ride.run, **{"train.steps": 20, "validate.every": 0})
     assert again.end().state is State.FINISHED
     assert again.of(RunOpened)[0].step >= 5
-
-
-@pytest.mark.parametrize("where", ["accumulate", "apply"])
-def test_a_failure_in_training_saves_what_it_left_whole(
-    start: Start, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """MLX, out of memory in a micro-batch, leaves the weights of the last step; in the update it may spoil them."""
-    ride = start(**{"train.steps": 100_000, "checkpoint.every": 0, "validate.every": 0})
-    evaluate = mx.eval
-
-    def fail(*arrays: object) -> None:
-        if sys._getframe(1).f_code.co_name == where:
-            raise RuntimeError("[metal::malloc] Unable to allocate 123 bytes.")
-        evaluate(*arrays)
-
-    ride.until_step(3)
-    monkeypatch.setattr(mx, "eval", fail)
-    ended = ride.end()
-    monkeypatch.undo()
-    assert (ended.state, ended.exit_code) == (State.FAILED, ExitCode.DEFECT)
-    assert ended.reason.startswith("out of memory (") and "123 bytes" in ended.reason and "\n" not in ended.reason
-    assert [checkpoint.step for checkpoint in list_checkpoints(ride.run)] == (
-        [ended.step] if where == "accumulate" else []
-    )
-    assert "Traceback" in ride.run.log_path.read_text(encoding="utf-8")
-    assert ended.step == ride.of(StepCompleted)[-1].step
-
-
-def test_a_loss_that_is_no_number_never_reaches_the_weights(start: Start, tmp_path: Path) -> None:
-    """Weights so large that the loss overflows, though they are finite: three steps, none applied, exit code 4."""
-    ride = start(**{"train.steps": 4})
-    ride.end()
-    folder = tmp_path / "overflowing"
-    folder.mkdir()
-    for file in list_checkpoints(ride.run)[-1].path.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    huge = {name: array * 1e30 for name, array in weights(list_checkpoints(ride.run)[-1]).items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), {name: mx.array(array) for name, array in huge.items()})
-
-    diverged = start(**{"model.init_from": str(folder), "train.steps": 50})
-    ended = diverged.end()
-    assert (ended.state, ended.exit_code, ended.step) == (State.FAILED, ExitCode.DIVERGED, 3)
-    assert "diverged" in ended.reason and "3 steps in a row" in ended.reason
-    assert len([alarm for alarm in diverged.of(Alarm) if "was not applied" in alarm.text]) == 3
-    assert same(weights(list_checkpoints(diverged.run)[-1]), huge)
-    norms = diverged.run.curve("grad_norm")[1]
-    assert len(norms) == 3 and not np.any(np.isfinite(norms) & np.isfinite(losses(diverged.run)))
-
-
-def test_the_guard_counts_steps_in_a_row() -> None:
-    guard = DivergenceGuard(3)
-    verdicts = [guard.judge(loss, norm) for loss, norm in [(math.nan, 1), (1, math.inf), (1, 1), (math.nan, math.nan)]]
-    assert verdicts == [Verdict.SKIP, Verdict.SKIP, Verdict.APPLY, Verdict.SKIP]
-    assert [guard.judge(math.inf, 1), guard.judge(1, math.nan)] == [Verdict.SKIP, Verdict.STOP]
 
 
 @pytest.mark.parametrize("what", ["run", "checkpoint", "folder"])

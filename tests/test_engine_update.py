@@ -38,7 +38,7 @@ def make_update(task: RetentionLMTask, **train: Any) -> Update:
 
 def ragged_batch(task: RetentionLMTask) -> Batch:
     """Twelve sequences of quite different lengths, so that a mean over micro-batches would be wrong."""
-    (batch,) = task.micro_batches(1, rank=0, ranks=1)
+    batch = task.batch(task.examples(1, rank=0, ranks=1))
     lengths = mx.array([32, 1, 17, 5, 32, 2, 9, 30, 1, 1, 25, 12])
     return Batch((batch.arrays[0], lengths), int(lengths.sum().item()))
 
@@ -133,7 +133,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
         task = make_task(tiny_profile(**overrides), tmp_path)
         update = Update(task, Train(steps=1), Ranks(), mx.float32, compiled=False)
         update.restore(task.initial_parameters(), None)
-        batches = list(task.micro_batches(1, rank=0, ranks=1))
+        batches = [task.batch(task.examples(1, rank=0, ranks=1))]
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         gradient = collect(update, batches)
@@ -148,12 +148,13 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
 
 def test_accumulating_needs_the_memory_of_one_gradient(tiny_profile: Callable[..., Profile], tmp_path: Path) -> None:
     """The new sums take the old ones' place: at the peak 1.04 instead of 1.25 times the weights' size here."""
-    overrides = {"model.width": 256, "model.heads": 4, "train.batch_size": 4, "train.micro_batch_size": 1}
+    overrides = {"model.width": 256, "model.heads": 4, "train.batch_size": 4}
     task = make_task(tiny_profile(**overrides), tmp_path)
     assert isinstance(task, RetentionLMTask)
     update = make_update(task)
     size = sum(array.nbytes for _, array in tree_flatten(update.parameters))
-    for batch in task.micro_batches(1, rank=0, ranks=1):
+    for example in task.examples(1, rank=0, ranks=1):
+        batch = task.batch([example])
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         update.accumulate(batch)

@@ -1,27 +1,86 @@
-"""Stops a run whose loss or gradient is no number any more."""
+"""Keeps steps that are no good away from the weights: no number at all, or far outside of what was usual."""
 
 from __future__ import annotations
 
 import math
-from enum import Enum
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+from statistics import fmean, median, pstdev
+from typing import Any
+
+from engine.profile import DivergenceGuard as Settings
+
+_LEAST_SPREAD = 1e-3
+"""Of the mean: a loss that hardly moves would make every step a spike."""
 
 
-class Verdict(Enum):
-    APPLY = "apply"
-    SKIP = "skip"
-    STOP = "stop"
+class Verdict(IntEnum):
+    """What becomes of a step."""
+
+    APPLY = 0
+    SKIP = 1
+    GO_BACK = 2
+    STOP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict, and in words why it is not `APPLY`."""
+
+    verdict: Verdict
+    reason: str = ""
 
 
 class DivergenceGuard:
-    """Never lets a step without a finite loss and gradient reach the weights; gives up after `limit` in a row."""
+    """Judges each step before it is applied.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    A bad step is skipped; after `skips` in a row the run goes back to a good checkpoint, `rollbacks` times in all; then
+    it stops. A spike counts among the window's values, so that data which merely become harder are soon usual.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._losses: deque[float] = deque(maxlen=settings.window_steps)
+        self._norms: deque[float] = deque(maxlen=settings.window_steps)
         self.in_a_row = 0
+        """Bad steps since the last good one."""
 
-    def judge(self, loss: float, grad_norm: float) -> Verdict:
+    def judge(self, loss: float, grad_norm: float, rollbacks: int) -> Judgement:
+        """`loss` in nats a token, `grad_norm` before clipping; `rollbacks` is how often the run has gone back."""
+        reason = self._problem(loss, grad_norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._losses.append(loss)
+            self._norms.append(grad_norm)
+        if not reason:
             self.in_a_row = 0
-            return Verdict.APPLY
+            return Judgement(Verdict.APPLY)
         self.in_a_row += 1
-        return Verdict.STOP if self.in_a_row >= self.limit else Verdict.SKIP
+        if self.in_a_row <= self._settings.skips:
+            return Judgement(Verdict.SKIP, reason)
+        return Judgement(Verdict.GO_BACK if rollbacks < self._settings.rollbacks else Verdict.STOP, reason)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"in_a_row": self.in_a_row, "losses": list(self._losses), "grad_norms": list(self._norms)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave; what is missing (an older release's) begins anew."""
+        self.in_a_row = int(state.get("in_a_row", 0))
+        for window, name in ((self._losses, "losses"), (self._norms, "grad_norms")):
+            window.clear()
+            window.extend(state.get(name, ()))
+
+    def _problem(self, loss: float, grad_norm: float) -> str:
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            return f"loss {loss}, grad norm {grad_norm}"
+        if len(self._losses) < self._settings.window_steps // 4:
+            return ""
+        if sigma := self._settings.loss_sigma:
+            mean = fmean(self._losses)
+            spread = max(pstdev(self._losses), _LEAST_SPREAD * abs(mean))
+            if loss > mean + sigma * spread:
+                return f"loss {loss:.3f} is {(loss - mean) / spread:.1f} standard deviations over the last steps' mean"
+        if (factor := self._settings.grad_norm_factor) and grad_norm > factor * median(self._norms):
+            return f"grad norm {grad_norm:.3g} is {grad_norm / median(self._norms):.0f} times that of the last steps"
+        return ""

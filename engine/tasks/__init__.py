@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,11 +35,14 @@ class Task(Protocol):
     def total_steps(self) -> int:
         """Length of the run in optimizer updates."""
 
-    def micro_batches(self, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+    def examples(self, step: int, rank: int, ranks: int) -> Sequence[int]:
         """This rank's part of the batch of `step` (from 1): a pure function of the profile and the step."""
 
-    def heldout(self) -> Iterator[Batch]:
-        """The held-out data, each token once."""
+    def batch(self, examples: Sequence[int]) -> Batch:
+        """Some examples of the training data, to be in memory at once."""
+
+    def heldout(self, size: int, most: int | None = None) -> Iterator[Batch]:
+        """The held-out data, each token once, `size` examples at a time; with `most`, only so many from the start."""
 
     def loss(self, *arrays: mx.array) -> mx.array:
         """The summed loss of a batch in nats, float32, with the model's present weights."""
@@ -54,7 +57,10 @@ class Task(Protocol):
     """True where a new run begins with the weights of something outside of it (`model.init_from`)."""
 
     def initial_parameters(self) -> Any:
-        """The weights to begin with: those of the checkpoint to resume from, borrowed ones, or random ones."""
+        """The weights to begin with at step 0: borrowed ones, or random ones, each time the same."""
+
+    def load(self, folder: Path) -> Any:
+        """The weights that `save` wrote. Raises `UserError` where they are those of another model."""
 
     def save(self, parameters: Any, folder: Path) -> None:
         """Writes a folder that can be used elsewhere as it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,16 @@ class RetentionLMTask:
     def __init__(self, profile: Profile, runs_folder: Path, checkpoint: Path | None = None) -> None:
         self._profile, self._train = profile, profile.train
         self._dtype = compute_dtype(profile.train.dtype)
-        self._weights, data, init_from = checkpoint, profile.data, profile.model.init_from
+        self._borrowed, data, init_from = None, profile.data, profile.model.init_from
         self.borrowed_weights = init_from is not None
         if init_from is not None:
-            self._weights = checkpoint or _find_weights(init_from, runs_folder)
+            self._borrowed = checkpoint or _find_weights(init_from, runs_folder)
             if data.tokenizer == "bpe":  # weights only mean something with the tokenizer that they were trained with
-                data = data.model_copy(update={"tokenizer": str(self._weights)})
+                data = data.model_copy(update={"tokenizer": str(self._borrowed)})
         dataset = load_text_data(data, profile.model.vocab_size, self._train.sequence_length, profile.seed)
         self._tokenizer, self._sequences, self._heldout = dataset.tokenizer, dataset.train, dataset.heldout
         self.data_digest = dataset.digest
         self._config = model_config(profile.model)
-        mx.random.seed(profile.seed)
         self.model = RetentionLM(self._config)
         self.model.gradient_checkpointing = self._train.gradient_checkpointing
 
@@ -57,13 +56,18 @@ class RetentionLMTask:
         assert train.tokens is not None
         return math.ceil(train.tokens / (train.batch_size * train.sequence_length))
 
-    def micro_batches(self, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+    def examples(self, step: int, rank: int, ranks: int) -> Sequence[int]:
         chosen = batch_indices(len(self._sequences), self._train.batch_size, step - 1, self._profile.seed)
         share = self._train.batch_size // ranks
-        yield from self._batches(self._sequences, chosen[rank * share : (rank + 1) * share])
+        return chosen[rank * share : (rank + 1) * share].tolist()
 
-    def heldout(self) -> Iterator[Batch]:
-        yield from self._batches(self._heldout, range(len(self._heldout)))
+    def batch(self, examples: Sequence[int]) -> Batch:
+        return _batch(self._sequences, examples)
+
+    def heldout(self, size: int, most: int | None = None) -> Iterator[Batch]:
+        count = len(self._heldout) if most is None else min(most, len(self._heldout))
+        for start in range(0, count, size):
+            yield _batch(self._heldout, range(start, min(start + size, count)))
 
     def loss(self, *arrays: mx.array) -> mx.array:
         rows, lengths = arrays
@@ -84,16 +88,18 @@ class RetentionLMTask:
         return next((part for word, part in _PARTS.items() if word in parameter.split(".")), "norm")
 
     def initial_parameters(self) -> Any:
-        if self._weights is None:
-            return self.model.trainable_parameters()
-        loaded = RetentionLM.load(self._weights)
+        if self._borrowed is not None:
+            return self.load(self._borrowed)
+        mx.random.seed(self._profile.seed)
+        return RetentionLM(self._config).trainable_parameters()
+
+    def load(self, folder: Path) -> Any:
+        loaded = RetentionLM.load(folder)
         # How the op is cut into chunks changes no number that a weight depends on.
         theirs, ours = asdict(loaded.config), asdict(self._config)
         if differing := [name for name in ours if ours[name] != theirs[name] and name not in _FREE_TO_CHANGE]:
             name = differing[0]
-            raise UserError(
-                f"{self._weights}: its model has {name} = {theirs[name]}, the profile has {name} = {ours[name]}"
-            )
+            raise UserError(f"{folder}: its model has {name} = {theirs[name]}, the profile has {name} = {ours[name]}")
         return loaded.trainable_parameters()
 
     def save(self, parameters: Any, folder: Path) -> None:
@@ -107,11 +113,10 @@ class RetentionLMTask:
         speaker.update(tree_map(lambda array: array.astype(self._dtype), parameters))
         return speak(speaker, self._tokenizer, ask)
 
-    def _batches(self, sequences: PackedSequences, indices: Any) -> Iterator[Batch]:
-        size = self._train.micro_batch_size or self._train.batch_size
-        for start in range(0, len(indices), size):
-            rows, lengths = sequences.batch(indices[start : start + size])
-            yield Batch((mx.array(rows), mx.array(lengths)), int(lengths.sum()))
+
+def _batch(sequences: PackedSequences, indices: Sequence[int]) -> Batch:
+    rows, lengths = sequences.batch(indices)
+    return Batch((mx.array(rows), mx.array(lengths)), int(lengths.sum()))
 
 
 def speak(model: RetentionLM, tokenizer: Any, ask: Generate) -> Iterator[str | None]:

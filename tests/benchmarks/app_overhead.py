@@ -44,8 +44,7 @@ def train_bare(steps: int) -> dict[str, float]:
     update.restore(task.initial_parameters(), None)
     start = 0.0
     for step in range(1, steps + WARM_UP_STEPS + 1):
-        for batch in task.micro_batches(step, rank=0, ranks=1):
-            update.accumulate(batch)
+        update.accumulate(task.batch(task.examples(step, rank=0, ranks=1)))
         update.apply(update.collect(), learning_rate(profile.train, step, task.total_steps()))
         if step == WARM_UP_STEPS:
             start = perf_counter()

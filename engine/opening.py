@@ -1,0 +1,67 @@
+"""What is looked at before a run trains: is it the same run, where does it go on, do all ranks agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engine.checkpoint import Checkpoint, choose_checkpoint, latest_intact, list_checkpoints
+from engine.environment import differences, environment
+from engine.errors import UserError
+from engine.ranks import Ranks
+from engine.store import RunDirectory
+
+Say = Callable[[str], None]
+
+_LOOK_BACK_STEPS = 10
+"""A checkpoint this close before the trouble would walk into it again with the same weights."""
+
+
+def find_checkpoint(run: RunDirectory, which: str, tell: Say, warn: Say) -> Checkpoint | None:
+    """What to resume from: `latest`, `best` or a step; None where there is no checkpoint and the run begins again.
+
+    Raises `UserError` where none is intact, or the one asked for does not exist.
+    """
+    if which != "latest":
+        return choose_checkpoint(run, which)
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        tell("there is no checkpoint to resume from: starting again at step 0")
+        return None
+    return latest_intact(run, checkpoints, warn)
+
+
+def find_good_checkpoint(run: RunDirectory, before_step: int, warn: Say) -> Checkpoint | None:
+    """The newest intact checkpoint well before `before_step`, else the oldest one; None where there is none."""
+    checkpoints = list_checkpoints(run)
+    good = [checkpoint for checkpoint in checkpoints if checkpoint.step <= before_step - _LOOK_BACK_STEPS]
+    return latest_intact(run, good or checkpoints[:1], warn) if checkpoints else None
+
+
+def check_identity(run: RunDirectory, data_digest: str, warn: Say) -> None:
+    """Records what data a run has, or raises `UserError` where they are not those that it began with.
+
+    Warns of what else has changed on this machine since.
+    """
+    identity = run.identity()
+    recorded = identity.get("data_digest")
+    if recorded is None:
+        run.update_identity(data_digest=data_digest)
+        return
+    for difference in differences(identity.get("environment", {}), environment()):
+        warn(f"{difference}: the losses may differ in their last digits from a run never interrupted")
+    if recorded != data_digest:
+        raise UserError(
+            f"run {run.name}: its data are not those that it began with; bring them back, or start a new run"
+        )
+
+
+def compare_ranks(ranks: Ranks, batch_size: int, digests: Sequence[tuple[str, str]]) -> None:
+    """Raises `UserError` where a batch cannot be shared, or the ranks' digests of something differ.
+
+    `digests` are pairs of a text that must be the same everywhere and what is wrong where it is not.
+    """
+    if batch_size % ranks.size:
+        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {ranks.size} ranks")
+    for digest, problem in digests:
+        if not ranks.same(digest):
+            raise UserError(problem)
