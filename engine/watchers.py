@@ -9,6 +9,7 @@ from collections import deque
 from typing import Any
 
 from engine.events import (
+    Alarm,
     AnswerEnded,
     AnswerStarted,
     AnswerText,
@@ -42,6 +43,8 @@ class Present:
         self._count += 1
         if isinstance(event, StepCompleted | Reading | StateChanged | RunOpened):
             self._newest[type(event)] = (self._count, event)
+        if isinstance(event, Alarm) and StepCompleted in self._newest:
+            self._said.append(self._newest[StepCompleted])  # an alarm is marked at its step
         if not isinstance(event, StepCompleted | Reading):
             self._said.append((self._count, event))
 

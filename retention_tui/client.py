@@ -10,14 +10,18 @@ from engine.events import Event
 from engine.store import RunDirectory
 
 
+INTERRUPTED = "interrupted"
+"""What a run is called whose process is gone, and that has not said its end."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLost(Event):
     """Nothing more will be heard of the run, and it has not said its end. The client says so itself."""
 
     kind: ClassVar[str] = "connection_lost"
     text: str
-    interrupted: bool
-    """True where the process that trained is gone; False where it may still train."""
+    word: str
+    """For the run's state: `INTERRUPTED` where the process that trained is gone, else it may still train."""
 
 
 class Client(Protocol):

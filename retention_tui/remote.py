@@ -15,7 +15,7 @@ from engine.events import Alarm, AnswerEnded, Event, RunEnded, State
 from engine.store import RunDirectory
 from engine.wire import WireError, read_event
 from engine.worker import Mailbox
-from retention_tui.client import ConnectionLost
+from retention_tui.client import INTERRUPTED, ConnectionLost
 
 _PATIENCE_SECONDS = 2.0
 _LOOK_SECONDS = 0.05
@@ -107,10 +107,12 @@ class RemoteClient:
                 self._connection, self._past = connection, connection.past
                 return
             connection.close()
-        interrupted = not _is_running(self.run, pid)
-        if interrupted:
-            words = f"the process that trained it ({pid}) is gone; retention-tui resume {self.run.name} goes on with it"
-        lost = ConnectionLost(text=f"the connection to {self.run.name} broke: {words}", interrupted=interrupted)
+        name = self.run.name
+        if _is_running(self.run, pid):
+            lost = ConnectionLost(text=f"the connection to {name} broke: {words}", word="not connected")
+        else:
+            text = f"{name} was interrupted: process {pid} is gone; retention-tui resume {name} goes on with it"
+            lost = ConnectionLost(text=text, word=INTERRUPTED)
         self._mailbox.put(lost)
         self.lost = lost
 
