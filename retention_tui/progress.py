@@ -15,6 +15,7 @@ from engine.events import (
     CheckpointSaved,
     Event,
     Notice,
+    Reading,
     RunEnded,
     RunOpened,
     State,
@@ -27,6 +28,7 @@ from engine.wire import WireError, read_event
 from retention_tui import wording
 from retention_tui.client import ConnectionLost
 from retention_tui.history import Series, Smoother
+from retention_tui.marks import MARKS_KEPT, Mark, MarkKind
 
 CHARTED = (
     "loss",
@@ -86,6 +88,9 @@ class Progress:
         self.elapsed_seconds: float | None = None
         self.remaining_seconds: float | None = None
         self.metrics: dict[str, float] = {}
+        self.reading: Reading | None = None
+        """The newest look at the machine; None where it is not watched."""
+        self.marks: deque[Mark] = deque(maxlen=MARKS_KEPT)
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
         self.series = empty_history()
@@ -147,6 +152,10 @@ class Progress:
         self.entries = deque([*entries, *self.entries], maxlen=LOG_ENTRIES)
         self.entries_seen += len(entries)
 
+    def adopt_marks(self, marks: list[Mark]) -> None:
+        """Puts what happened in earlier attempts before what has happened since."""
+        self.marks = deque([*marks, *self.marks], maxlen=MARKS_KEPT)
+
     def expect_stop(self) -> None:
         """The run was asked to stop and will say so when it comes to it."""
         if not self.over:
@@ -175,12 +184,16 @@ class Progress:
                 self._step(event)
             case Validated():
                 self._validated(event)
+            case Reading():
+                self.reading = event
             case CheckpointSaved():
+                self.marks.append(Mark(event.step, MarkKind.CHECKPOINT))
                 said = f"checkpoint of step {event.step:,} saved: {wording.size(event.size_bytes)}"
-                self._note(event.time, Weight.GOOD, f"{said} in {event.seconds:.2f} s")
+                self._note(event.time, Weight.PLAIN, f"{said} in {event.seconds:.2f} s")
             case Alarm():
                 weight = Weight.CRITICAL if event.level == "critical" else Weight.WARNING
                 self.unread.append(self._note(event.time, weight, event.text))
+                self.marks.append(Mark(self.step, MarkKind.of_alarm(event.level)))
             case Notice():
                 self._note(event.time, Weight.PLAIN, event.text)
             case RunEnded():

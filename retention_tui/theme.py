@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from textual.theme import Theme
 
+FAINT = "$foreground 55%"
+"""The colour of what is said beside."""
+
 DARK = Theme(
     name="retention-dark",
     dark=True,

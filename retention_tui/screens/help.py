@@ -17,6 +17,7 @@ _READING = (
     ("▒ band", "the least and the most of the steps under each column: no spike is hidden"),
     ("◆", "loss on the held-out text"),
     ("▼ ▲ ▸", "the loss of late: falling, rising, level"),
+    ("▼ ▲ on the axis", "a checkpoint; an alarm"),
     ("▲ line below", "an alarm; it stays until it is read (a)"),
 )
 
@@ -43,5 +44,5 @@ class Help(ModalScreen[None]):
 
 def _table(rows: Iterable[tuple[str, str]]) -> Content:
     return Content("\n").join(
-        Content.assemble((f"{sign:<14}", "bold $primary"), (about, "$foreground 80%")) for sign, about in rows
+        Content.assemble((f"{sign:<17}", "bold $primary"), (about, "$foreground 80%")) for sign, about in rows
     )

@@ -6,7 +6,7 @@ between the least and the most of the steps of each column. A drawing is made on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +22,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from retention_tui.history import Columns, Floats, Series
+from retention_tui.marks import Mark, MarkKind
 from retention_tui.widgets.plot import Curve, rasterize
 from retention_tui.widgets.scale import Scale, fit, plain_label, step_label
 
@@ -31,7 +32,14 @@ _LABEL_WIDTH = 6
 _LARGEST = 1e100  # an axis counts no further; what lies beyond is drawn at its edge
 _AXES_FROM = Size(28, 4)  # below this size the curves get all of the place
 _BAND = len(SERIES_STYLES)
-_LABEL, _AXIS, _BELOW = _BAND + 1, _BAND + 2, _BAND + 3
+_LABEL, _AXIS, _BELOW, _CHECKPOINT, _WARNING, _CRITICAL = range(_BAND + 1, _BAND + 7)
+_SIGNS = {
+    MarkKind.CHECKPOINT: ("▼", _CHECKPOINT),
+    MarkKind.WARNING: ("▲", _WARNING),
+    MarkKind.CRITICAL: ("▲", _CRITICAL),
+}
+_CHECKPOINTS_APART = 4  # columns; nearer ones are left out, as they tell nothing that their neighbours do not
+_MOST_LINES = 8  # alarms that are marked with a line up the chart; more of them would hide it
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,11 @@ class Grid:
 class Chart(Widget):
     """Draws the series that it was shown last, whenever it is visible, resized or its theme changes."""
 
-    COMPONENT_CLASSES = {*SERIES_STYLES, "chart--label", "chart--axis", "chart--message"}
+    COMPONENT_CLASSES = {
+        *SERIES_STYLES,
+        *("chart--label", "chart--axis", "chart--message"),
+        *("chart--checkpoint", "chart--warning", "chart--critical"),
+    }
     ALLOW_SELECT = False
 
     class Selected(Message):
@@ -99,12 +111,13 @@ class Chart(Widget):
         self.spec = spec
         self._series: Mapping[str, Series] = {}
         self._span = (0.0, 1.0)
+        self._marks: list[Mark] = []
         self._strips: list[Strip] | None = None
         self._drawn_size = Size(0, 0)
 
-    def show(self, series: Mapping[str, Series], span: tuple[float, float]) -> None:
-        """Shows the series between two steps; called again when they have grown."""
-        self._series, self._span = series, span
+    def show(self, series: Mapping[str, Series], span: tuple[float, float], marks: Iterable[Mark] = ()) -> None:
+        """Shows the series between two steps, and what happened there; called again when they have grown."""
+        self._series, self._span, self._marks = series, span, list(marks)
         self._redraw()
 
     def set_title(self, values: Content) -> None:
@@ -147,6 +160,7 @@ class Chart(Widget):
         self._draw_curves(reduced, scale, canvas)
         if with_axes:
             self._draw_axes(scale, grid, left, canvas_width, canvas_height)
+            self._draw_marks(grid.part(slice(0, canvas_height + 1), slice(left, left + canvas_width)))
         return self._strip_rows(grid)
 
     def _scale(self, reduced: list[Columns | None]) -> Scale | None:
@@ -245,6 +259,25 @@ class Chart(Widget):
                 grid.write(height + 1, begin, label)
                 free = begin + len(label) + 2
 
+    def _draw_marks(self, grid: Grid) -> None:
+        """Signs on the axis, the grid's lowest row, and up from those of alarms a line where nothing else is."""
+        height, width = grid.glyphs.shape
+        start, stop = self._span
+        places: dict[MarkKind, set[int]] = {kind: set() for kind in MarkKind}
+        for mark in self._marks:
+            if start <= mark.step <= stop:
+                places[mark.kind].add(min(width - 1, int((mark.step - start) / (stop - start) * width)))
+        alarms = places[MarkKind.WARNING] | places[MarkKind.CRITICAL]
+        for column in alarms if len(alarms) <= _MOST_LINES else ():
+            blank = np.flatnonzero(grid.glyphs[: height - 1, column] == " ")
+            blank = blank[grid.backgrounds[blank, column] == 0]
+            grid.glyphs[blank, column], grid.colours[blank, column] = "┊", _AXIS
+        places[MarkKind.CHECKPOINT] = _apart(places[MarkKind.CHECKPOINT])
+        for kind in MarkKind:  # the gravest last
+            sign, colour = _SIGNS[kind]
+            for column in places[kind]:
+                grid.glyphs[height - 1, column], grid.colours[height - 1, column] = sign, colour
+
     def _strip_rows(self, grid: Grid) -> list[Strip]:
         """Runs of equal style become segments."""
         styles = self._styles()
@@ -268,6 +301,9 @@ class Chart(Widget):
             named["chart--label"],
             named["chart--axis"],
             background,
+            named["chart--checkpoint"],
+            named["chart--warning"],
+            named["chart--critical"],
         ]
         return {
             index * 2 + on_band: _style(colour, behind)
@@ -281,6 +317,15 @@ class Chart(Widget):
         blank = Strip([Segment(" " * width, style)], width)
         line = Strip([Segment(text[:width].center(width), style)], width)
         return [line if row == height // 2 else blank for row in range(height)]
+
+
+def _apart(columns: set[int]) -> set[int]:
+    """Columns far enough from each other to be told apart, the last one among them."""
+    kept: list[int] = []
+    for column in sorted(columns, reverse=True):
+        if not kept or kept[-1] - column >= _CHECKPOINTS_APART:
+            kept.append(column)
+    return set(kept)
 
 
 def _style(colour: Color, background: Color) -> Style:

@@ -15,8 +15,9 @@ from engine.store import RunSummary
 from retention_tui import wording
 from retention_tui.client import INTERRUPTED
 from retention_tui.history import Series
+from retention_tui.theme import FAINT
 from retention_tui.widgets.chart import Chart
-from retention_tui.widgets.header import FAINT, STATE_COLOURS
+from retention_tui.widgets.header import STATE_COLOURS
 from retention_tui.widgets.monitor import LOSS, legend
 
 CURVES = ("loss", "val_loss")

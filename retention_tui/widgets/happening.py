@@ -8,7 +8,7 @@ from textual.widgets import Input
 
 from retention_tui import wording
 from retention_tui.progress import Progress, Weight
-from retention_tui.widgets.header import FAINT
+from retention_tui.theme import FAINT
 
 _COLOURS = {Weight.PLAIN: FAINT, Weight.GOOD: FAINT, Weight.WARNING: "$warning", Weight.CRITICAL: "$error"}
 

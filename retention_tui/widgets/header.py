@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from textual.content import Content
 from textual.widget import Widget
 
-from engine.events import State
+from engine.events import Level, State
 from retention_tui import wording
 from retention_tui.progress import Progress, Trend
+from retention_tui.theme import FAINT as FAINT  # noqa: PLC0414
+from retention_tui.widgets.machine import machine_line, memory_in_short, pressure
 
 STATE_COLOURS = {
     State.LOADING: "$foreground 60%",
@@ -22,7 +24,6 @@ STATE_COLOURS = {
     State.STOPPED: "$foreground 60%",
     State.FAILED: "$error",
 }
-FAINT = "$foreground 55%"
 _TREND_COLOURS = {Trend.FALLING: "$success", Trend.RISING: "$warning", Trend.LEVEL: FAINT, Trend.UNKNOWN: FAINT}
 _DOT_WIDTH = len("● validating")
 
@@ -54,6 +55,8 @@ class RunHeader(Widget):
             lines = self._small(width)
         elif height >= 4:
             lines = [self._title(width), self._bar(width), *self._table(width)]
+            if self._watched:
+                lines.append(machine_line(self._progress, width))
         else:
             lines = [self._title(width), self._bar(width), self._row(width)]
         return Content("\n").join(line.truncate(width, ellipsis=True) for line in lines[:height])
@@ -64,7 +67,10 @@ class RunHeader(Widget):
         progress = self._progress
         step = f"step {progress.step:,}" + (f" of {progress.total_steps:,}" if progress.total_steps else "")
         state = Content.assemble(self._state(), ("  " + self._run, FAINT))
-        return [state, Content(step), self._bar(width), self._loss(), self._ends()]
+        loss, reading = self._loss(), self._progress.reading
+        if reading is not None and reading.level not in (None, Level.GREEN) and not self._progress.over:
+            loss += Content("  ") + pressure(reading, with_cause=False)
+        return [state, Content(step), self._bar(width), loss, self._ends()]
 
     def _title(self, width: int) -> Content:
         progress, opened = self._progress, self._progress.opened
@@ -127,6 +133,11 @@ class RunHeader(Widget):
 
     # The numbers
 
+    @property
+    def _watched(self) -> bool:
+        """True where readings of the machine come; runs of earlier releases have none."""
+        return self._progress.reading is not None
+
     def _loss(self) -> Content:
         trend = self._progress.trend
         loss = wording.number(self._progress.metrics.get("loss"))
@@ -143,6 +154,12 @@ class RunHeader(Widget):
         loss = Content.assemble(
             (f"{wording.number(metrics.get('loss'))} ", "bold"), (trend.value, _TREND_COLOURS[trend])
         )
+        memory = [
+            figure("active", wording.size(metrics.get("active_memory_bytes")), 8),
+            figure("peak", wording.size(metrics.get("peak_memory_bytes")), 8),
+            figure("cache", wording.size(metrics.get("cache_memory_bytes")), 8),
+            figure("process", wording.size(metrics.get("process_memory_bytes")), 8),
+        ]
         best = Content.styled(wording.number(progress.best_val_loss), "bold")
         if progress.best_step is not None:
             best += Content.styled(f" at {progress.best_step:,}", FAINT)
@@ -154,10 +171,7 @@ class RunHeader(Widget):
             figure("learning rate", wording.scientific(metrics.get("learning_rate")), 13),
             figure("it/s", wording.number(metrics.get("steps_per_second"), 2), 5),
             figure("tokens/s", wording.thousands(metrics.get("tokens_per_second")), 8),
-            figure("active", wording.size(metrics.get("active_memory_bytes")), 8),
-            figure("peak", wording.size(metrics.get("peak_memory_bytes")), 8),
-            figure("cache", wording.size(metrics.get("cache_memory_bytes")), 8),
-            figure("process", wording.size(metrics.get("process_memory_bytes")), 8),
+            *([] if self._watched else memory),  # else the machine's line has them
         ]
 
     def _table(self, width: int) -> list[Content]:
@@ -176,7 +190,10 @@ class RunHeader(Widget):
         short = {"learning rate": "lr", "grad norm": "grad", "best": "", "active": ""}
         narrower = {"held-out": 2, "grad norm": 2, "learning rate": 5}
         line = Content()
-        for figure in self._figures():
+        figures = self._figures()
+        if self._watched:
+            figures.insert(2, Figure("memory", memory_in_short(self._progress), 17))
+        for figure in figures:
             name = short.get(figure.name, figure.name)
             if not name:
                 continue
@@ -189,7 +206,6 @@ class RunHeader(Widget):
                 else Content.assemble((f"{name} ", FAINT), value)
             )
             extra = shown if not line else Content("  ") + shown
-            if line.cell_length + extra.cell_length > width:
-                break
-            line += extra
+            if line.cell_length + extra.cell_length <= width:
+                line += extra
         return line

@@ -12,6 +12,8 @@ from textual.widgets import RichLog
 from retention_tui import wording
 from retention_tui.progress import LOG_ENTRIES, Entry, Progress, Weight
 
+_SIGNS = {Weight.WARNING: "▲", Weight.CRITICAL: "▲"}
+
 
 class EventLog(RichLog):
     """The entries of a `Progress`, newest last; written again when the width has changed."""
@@ -29,8 +31,10 @@ class EventLog(RichLog):
         new = min(self._progress.entries_seen - self._written, len(self._progress.entries))
         self._written = self._progress.entries_seen
         if new > 0:
+            # Said, because Rich would take the width of a terminal that it does not see.
+            width = self.scrollable_content_region.width or None
             for entry in list(self._progress.entries)[-new:]:
-                self.write(self._line(entry))
+                self.write(self._line(entry), width=width)
 
     def on_resize(self, event: events.Resize) -> None:
         if event.size.width not in (0, self._width):
@@ -49,11 +53,13 @@ class EventLog(RichLog):
         self.show_progress()
 
     def _line(self, entry: Entry) -> Table:
-        """Time and text in columns, so that a long text does not run under the times."""
-        line = Table.grid(padding=(0, 2, 0, 0))
+        """Time, sign and text in columns, so that a long text does not run under the times."""
+        line = Table.grid(padding=(0, 1, 0, 0))
+        style = self._style(f"event-log--{entry.weight.value}")
         line.add_row(
             Text(wording.clock(entry.time, seconds=True), self._style("event-log--time"), no_wrap=True),
-            Text(entry.text, self._style(f"event-log--{entry.weight.value}")),
+            Text(_SIGNS.get(entry.weight, " "), style),
+            Text(entry.text, style),
         )
         return line
 

@@ -8,8 +8,8 @@ from textual.content import Content
 
 from retention_tui import wording
 from retention_tui.progress import Progress
+from retention_tui.theme import FAINT
 from retention_tui.widgets.chart import Chart, ChartSpec, Trace
-from retention_tui.widgets.header import FAINT
 
 _COLOURS = ("$primary", "$accent", "$secondary", "$foreground 65%")
 
@@ -63,12 +63,12 @@ class Monitor(Container):
     def show_progress(self) -> None:
         """Draws the charts as the run is now; those that cannot be seen, or have not changed, cost nothing."""
         progress = self._progress
-        shown = (progress.step, progress.entries_seen, id(progress.series), self.size, self._large)
+        shown = (progress.step, progress.entries_seen, len(progress.marks), id(progress.series), self.size, self._large)
         if shown == self._shown:
             return
         self._shown = shown
         for chart in self.query(Chart):
-            chart.show(self._progress.series, self._progress.span)
+            chart.show(progress.series, progress.span, progress.marks)
             chart.set_title(self._title(chart))
 
     def on_chart_selected(self, event: Chart.Selected) -> None:
