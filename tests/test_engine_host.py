@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -20,7 +21,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
+from engine.doctor import diagnose
 from engine.events import Alarm, Level, Notice, Reading
 from engine.finding import Finding
 from engine.guards.machine import MachineGuard
@@ -28,6 +31,7 @@ from engine.host import awake, this_machine
 from engine.host.awake import Awake
 from engine.host.findings import host_findings
 from engine.host.linux import LinuxMachine
+from engine.host.linux_groups import MemoryGroups
 from engine.host.macos import MacMachine, sysctl_by_name
 from engine.host.nvidia import NvidiaMemory
 from engine.host.programs import Programs
@@ -177,14 +181,14 @@ class TestLinux:
 
     @pytest.mark.parametrize("folder", ["jobs/mine", "jobs"])
     def test_a_limit_of_version_2_counts_also_from_above(self, tmp_path: Path, folder: str) -> None:
-        group = group_2(str(GB), used=960_000_000, inactive=10_000_000)
+        group = group_2(str(GB), used=950_000_000, inactive=10_000_000)
         plant(tmp_path, PLAIN | VERSION_2 | under("sys/fs/cgroup/jobs/mine", group_2("max", 7)))
         plant(tmp_path, under(f"sys/fs/cgroup/{folder}", group))
         reading = LinuxMachine(tmp_path).read()
-        assert (reading.limit_bytes, reading.available_bytes) == (GB, 50_000_000)
+        assert (reading.limit_bytes, reading.available_bytes) == (GB, 60_000_000)
         assert reading.swap_bytes == 4096
         assert reading.level == Level.YELLOW
-        assert reading.cause == "control group at 95 % of 1.0 GB"
+        assert reading.cause == "control group at 94 % of 1.0 GB"
 
     def test_cache_that_can_be_given_back_is_available(self, tmp_path: Path) -> None:
         group = group_2(str(GB), used=990_000_000, inactive=500_000_000, active=200_000_000)
@@ -214,31 +218,47 @@ class TestLinux:
 
     @pytest.mark.parametrize("version", [1, 2])
     @pytest.mark.parametrize(
-        ("used", "met", "killed", "level", "words"),
+        ("used", "cache", "met", "killed", "level", "words"),
         [
-            (920_000_000, 3, 0, Level.YELLOW, "at 92 %"),  # as often as before
-            (920_000_000, 4, 0, Level.RED, "met its limit"),
-            (500_000_000, 4, 0, Level.GREEN, ""),  # cache was given back, and there is room
-            (500_000_000, 3, 1, Level.RED, "ran out"),
+            (920_000_000, 0, 3, 0, Level.YELLOW, "at 92 %"),  # as often as before
+            (500_000_000, 0, 4, 0, Level.RED, "met its limit"),  # a peak that is over
+            (980_000_000, 200_000_000, 4, 0, Level.GREEN, ""),  # files are read
+            (500_000_000, 0, 3, 1, Level.RED, "ran out"),
+            (980_000_000, 200_000_000, 3, 1, Level.RED, "ran out"),
         ],
     )
     def test_events_of_the_group(
-        self, tmp_path: Path, version: int, used: int, met: int, killed: int, level: Level, words: str
+        self, tmp_path: Path, version: int, used: int, cache: int, met: int, killed: int, level: Level, words: str
     ) -> None:
-        def group(used: int, met: int, killed: int) -> dict[str, str]:
+        def group(*state: int) -> dict[str, str]:
+            used, cache, met, killed = state
             if version == 1:
-                return under("sys/fs/cgroup/memory", group_1(GB, used, met=met, killed=killed))
-            return under("sys/fs/cgroup/jobs/mine", group_2(str(GB), used, met=met, killed=killed))
+                return under("sys/fs/cgroup/memory", group_1(GB, used, inactive=cache, met=met, killed=killed))
+            return under("sys/fs/cgroup/jobs/mine", group_2(str(GB), used, inactive=cache, met=met, killed=killed))
 
-        plant(tmp_path, PLAIN | (VERSION_1 if version == 1 else VERSION_2) | group(500_000_000, 3, 0))
+        plant(tmp_path, PLAIN | (VERSION_1 if version == 1 else VERSION_2) | group(500_000_000, 0, 3, 0))
         machine = LinuxMachine(tmp_path)
         assert machine.read().level == Level.GREEN, "what happened before it looked is not news"
-        plant(tmp_path, group(used, met, killed))
-        reading = machine.read()
-        assert reading.level == level
-        assert words in reading.cause
-        plant(tmp_path, group(500_000_000, met, killed))
-        assert machine.read().level == Level.GREEN
+        plant(tmp_path, group(used, cache, met, killed))
+        for _ in range(2):  # an event counts for some seconds
+            reading = machine.read()
+            assert reading.level == level
+            assert words in reading.cause
+
+    def test_events_are_forgotten(self, tmp_path: Path) -> None:
+        plant(tmp_path, VERSION_2 | under("sys/fs/cgroup/jobs/mine", group_2(str(GB), 1)))
+        groups = MemoryGroups(tmp_path, events_count_seconds=0.05)
+        groups.read()
+        plant(tmp_path, under("sys/fs/cgroup/jobs/mine", group_2(str(GB), 1, met=1, killed=1)))
+        assert [(group.met_limit, group.ran_out) for group in groups.read()] == [(True, True)]
+        time.sleep(0.06)
+        assert [(group.met_limit, group.ran_out) for group in groups.read()] == [(False, False)]
+
+    def test_a_limit_of_nothing(self, tmp_path: Path) -> None:
+        """`echo 0 > memory.high` asks a group to give back what it can."""
+        group = group_2("max", 5) | {"memory.high": "0"}
+        reading = LinuxMachine(plant(tmp_path, PLAIN | VERSION_2 | under("sys/fs/cgroup/jobs/mine", group))).read()
+        assert (reading.level, reading.limit_bytes, reading.available_bytes) == (Level.RED, 0, 0)
 
     @pytest.mark.parametrize("harm", ["missing", "empty", "words", "bytes", "folder", "unreadable lines"])
     @pytest.mark.parametrize("version", [1, 2])
@@ -280,6 +300,22 @@ class TestLinux:
                 assert left[key] is None or left[key] in fallbacks.get(key, ()), (name, key, left[key])
             assert left["level"] is Level.GREEN
             assert len(changed) <= 4, (name, changed)
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=strategies.data())
+    def test_whatever_stands_in_the_files_there_is_a_reading(self, tmp_path: Path, data: strategies.DataObject) -> None:
+        own = group_2(str(GB), 500_000_000) | {"memory.pressure": stalls()}
+        files = PLAIN | LAPTOP | VERSION_2 | under("sys/fs/cgroup/jobs/mine", own)
+        plant(tmp_path, files)
+        words = strategies.one_of(strategies.integers().map(str), strategies.text(max_size=9), strategies.just("max"))
+        for name in data.draw(strategies.lists(strategies.sampled_from(sorted(files)), max_size=3, unique=True)):
+            garbled = re.sub(r"[^\s=]+", lambda word: data.draw(words | strategies.just(word[0])), files[name])
+            (tmp_path / name).write_bytes(garbled.encode("utf-8", "surrogatepass"))
+        machine = LinuxMachine(tmp_path)
+        for reading in (machine.read(), machine.read()):
+            assert (reading.level is None) or reading.level in Level
+            assert reading.battery_percent is None or 0 <= reading.battery_percent <= 100
+            assert reading.available_bytes is None or reading.limit_bytes is not None
 
     @pytest.mark.parametrize(
         ("supplies", "power"),
@@ -1053,6 +1089,10 @@ class TestDoctor:
         for name in ("memory", "memory pressure", "swap", "power", "heat", "lid"):
             assert findings[name].value.startswith("unknown")
         assert "logind" in findings["sleep"].advice
+
+    def test_all_of_it_is_told_beside_the_rest(self, tmp_path: Path) -> None:
+        names = {finding.name for finding in diagnose(tmp_path)}
+        assert names >= {"memory", "memory pressure", "swap", "power", "heat", "lid", "sleep", "mlx variables", "disk"}
 
     def test_variables_that_are_set_are_shown(self, tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "64")

@@ -39,7 +39,7 @@ class LinuxMachine:
     What makes the level, the worst sign counting:
 
     - the room left in the machine and in each control group with a limit (`engine.host.signs.room`);
-    - a group that has run out of memory since the last look, or has met its limit with little room left: red;
+    - a group that has run out of memory in the last seconds, or has met its limit and has no cache to blame: red;
     - stalls (PSI): some task waiting for memory 10 % of the time is yellow, all of them 10 % is red. The machine's
       count only where less than a quarter of it is available: else somebody fights with a limit of their own, or comes
       back from swap, and neither is helped by what we give up. Its own group's always count.

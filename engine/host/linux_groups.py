@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,9 @@ from engine.host.signs import Sign, known, room
 
 _NO_LIMIT_BYTES = 1 << 60
 """Version 1 says 2⁶³, rounded down to a page, where there is no limit."""
-_RECLAIM_HURTS_SHARE = 0.10
+_SPARE_CACHE_SHARE = 0.05
+_EVENTS_COUNT_SECONDS = 10.0
+"""As long as the kernel's own averages of stalls look back: a peak of a step is over before the next look."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,18 @@ class Group:
     limit_bytes: int
     available_bytes: int
     swap_bytes: int | None
+    cache_bytes: int
     met_limit: bool
-    """Since the last look it was at its limit, and something had to go before memory was given."""
+    """In the last seconds it was at its limit, and something had to go before memory was given."""
     ran_out: bool
-    """Since the last look nothing could go: a process was killed, or is about to be."""
+    """In the last seconds nothing could go: a process was killed, or is about to be."""
 
     def sign(self) -> Sign:
         """What it says of memory pressure."""
         if self.ran_out:
             return Sign(Level.RED, f"control group of {self.limit_bytes / 1e9:.1f} GB ran out of memory")
-        # A group that reads files meets its limit all the time, and pays with cache that it can spare.
-        if self.met_limit and self.available_bytes < _RECLAIM_HURTS_SHARE * self.limit_bytes:
+        # A group that reads files meets its limit all the time, and pays with cache. Without cache it was a peak.
+        if self.met_limit and self.cache_bytes < _SPARE_CACHE_SHARE * self.limit_bytes:
             return Sign(Level.RED, f"control group met its limit of {self.limit_bytes / 1e9:.1f} GB")
         return room("control group", self.limit_bytes, self.available_bytes)
 
@@ -44,15 +49,33 @@ class _Counts(NamedTuple):
     ran_out: int
 
 
+class _Risen:
+    """Which counts have risen in the last `seconds`. What had happened before the first look is not news."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._counts: _Counts | None = None
+        self._at = [float("-inf"), float("-inf")]
+
+    def judge(self, counts: _Counts) -> tuple[bool, bool]:
+        now = time.monotonic()
+        for index, (count, before) in enumerate(zip(counts, self._counts or counts, strict=True)):
+            if count > before:
+                self._at[index] = now
+        self._counts = counts
+        met_limit, ran_out = (now - at <= self._seconds for at in self._at)
+        return met_limit, ran_out
+
+
 class MemoryGroups:
     """Reads the groups that this process is in, of version 1 or 2, whichever has the memory controller.
 
     Each look asks anew which they are, because a process can be moved. `root` is where /proc and /sys are.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, events_count_seconds: float = _EVENTS_COUNT_SECONDS) -> None:
         self._root = root
-        self._counts: dict[Path, _Counts] = {}
+        self._risen: defaultdict[Path, _Risen] = defaultdict(lambda: _Risen(events_count_seconds))
 
     def read(self) -> list[Group]:
         """The groups with a limit: its own first, then those around it."""
@@ -81,22 +104,21 @@ class MemoryGroups:
         used = int((folder / ("memory.current" if version_2 else "memory.usage_in_bytes")).read_text())
         statistics = _table(folder / "memory.stat")
         total = "" if version_2 else "total_"  # version 1 tells a group's own pages from those of all below it
-        # The kernel gives the inactive file cache back first, and keeps the active one at about the same size.
-        cache = statistics[f"{total}inactive_file"] + statistics.get(f"{total}active_file", 0) // 2
+        inactive, active = statistics[f"{total}inactive_file"], statistics.get(f"{total}active_file", 0)
         if version_2:
             swap = known(lambda: int((folder / "memory.swap.current").read_text()))
         else:
             swap = statistics.get("total_swap")
         counts = known(lambda: _counts_of_version_2(folder) if version_2 else _counts_of_version_1(folder))
-        before = self._counts.get(folder)
-        if counts is not None:
-            self._counts[folder] = counts
+        met_limit, ran_out = self._risen[folder].judge(counts) if counts else (False, False)
         return Group(
             limit_bytes=limit,
-            available_bytes=min(limit, max(0, limit - used + cache)),
+            # The kernel gives the inactive cache back first, and keeps the active one at about the same size.
+            available_bytes=min(limit, max(0, limit - used + inactive + active // 2)),
             swap_bytes=swap,
-            met_limit=counts is not None and before is not None and counts.met_limit > before.met_limit,
-            ran_out=counts is not None and before is not None and counts.ran_out > before.ran_out,
+            cache_bytes=inactive + active,
+            met_limit=met_limit,
+            ran_out=ran_out,
         )
 
 

@@ -31,10 +31,10 @@ def room(name: str, limit_bytes: int, available_bytes: int) -> Sign:
     Of a large memory a share would be too careful: 10 % of 128 GB are more than a micro-batch of most runs, and who has
     paid for them wants to fill them. So 4 GB and 2 GB are enough anywhere; on 8 GB the lines are at 0.8 and 0.4.
     """
-    used = f"{name} at {100 * (1 - available_bytes / limit_bytes):.0f} % of {limit_bytes / 1e9:.1f} GB"
-    if available_bytes < min(_RED_SHARE * limit_bytes, _RED_BYTES):
+    used = f"{name} at {100 * (1 - available_bytes / max(1, limit_bytes)):.0f} % of {limit_bytes / 1e9:.1f} GB"
+    if available_bytes <= min(_RED_SHARE * limit_bytes, _RED_BYTES):
         return Sign(Level.RED, used)
-    if available_bytes < min(_YELLOW_SHARE * limit_bytes, _YELLOW_BYTES):
+    if available_bytes <= min(_YELLOW_SHARE * limit_bytes, _YELLOW_BYTES):
         return Sign(Level.YELLOW, used)
     return Sign(Level.GREEN)
 
