@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import time
 from collections.abc import Callable
 from itertools import groupby
 from typing import ClassVar, cast
@@ -30,7 +31,9 @@ from engine.store import RunDirectory, RunSummary
 from retention_tui import wording
 from retention_tui.background import Background
 from retention_tui.client import Client
+from retention_tui.foresight import ask_for_plan
 from retention_tui.history import Series
+from retention_tui.plan_view import Table
 from retention_tui.remote import RemoteClient
 from retention_tui.screens.help import Help
 from retention_tui.screens.run import RunScreen
@@ -38,6 +41,9 @@ from retention_tui.session import Session
 from retention_tui.widgets.details import CURVES, Details, state_colour
 from retention_tui.widgets.header import FAINT
 from retention_tui.widgets.keybar import KeyBar
+
+_PLAN_AFTER_SECONDS = 0.4
+"""A profile that is only passed by is not planned."""
 
 KINDS = {"retention-lm": "language models"}
 """What the kinds of runs are called in the list; an unknown one is called what it is."""
@@ -68,6 +74,7 @@ class Launcher(Screen[None]):
             tooltip="Start it, resume it, or watch it",
         ),
         Binding("b", "background", "Background", id="background", tooltip="Start or resume it in a process of its own"),
+        Binding("m", "measure", "Measure", id="measure", tooltip="Take real steps of the profile, for its plan"),
         Binding("r", "refresh", "Refresh", id="refresh", tooltip="Read profiles and runs again"),
         Binding("slash", "app.command_palette", "Commands", key_display="/", id="commands", tooltip="All commands"),
         Binding("question_mark", "help", "Help", key_display="?", id="help", tooltip="What the keys do"),
@@ -79,6 +86,7 @@ class Launcher(Screen[None]):
         self._session = session
         self._profiles: dict[str, ProfileFile] = {}
         self._runs: dict[str, RunSummary] = {}
+        self._plans: dict[str, Table] = {}
         self._busy = self._quitting = False
 
     def compose(self) -> ComposeResult:
@@ -99,6 +107,7 @@ class Launcher(Screen[None]):
 
     @work(thread=True, exclusive=True, group="lists", exit_on_error=False)
     def action_refresh(self) -> None:
+        self._plans.clear()  # a run may have shown how long its steps take
         profiles, runs = list_profiles(), list_runs(self._session.runs_folder)
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._show_lists, profiles, runs)
@@ -121,6 +130,7 @@ class Launcher(Screen[None]):
         details, name = self.query_one(Details), event.option_id or ""
         if profile := self._profiles.get(name):
             details.show_profile(profile.name, profile.description, None)
+            details.show_plan(self._plans.get(profile.name))
             self._name_choice("Start ")
             self._read_profile(profile)
         elif run := self._runs.get(name):
@@ -143,6 +153,30 @@ class Launcher(Screen[None]):
         self.query_one(Details).show_profile(file.name, "" if problem else file.description, profile)
         if problem:
             self._say(problem, "$error")
+        elif file.name not in self._plans:
+            self._plan(file)
+
+    @work(thread=True, exclusive=True, group="plan", exit_on_error=False)
+    def _plan(self, file: ProfileFile, measured: bool = False) -> None:
+        """In a thread: plans a profile that stays highlighted for a moment."""
+        given_up = lambda: get_current_worker().is_cancelled  # noqa: E731
+        time.sleep(0 if measured else _PLAN_AFTER_SECONDS)
+        if given_up():
+            return
+        try:
+            table = ask_for_plan(file.path, self._session.runs_folder, measured=measured, given_up=given_up)
+        except UserError as error:
+            if not given_up():
+                self.app.call_from_thread(self._say, str(error), "$error")
+            return
+        if table is not None and not given_up():
+            self.app.call_from_thread(self._show_plan, file, table)
+
+    def _show_plan(self, file: ProfileFile, table: Table) -> None:
+        self._plans[file.name] = table
+        if self._highlighted == f"profile:{file.name}":
+            self._say("")
+            self.query_one(Details).show_plan(table)
 
     @work(thread=True, exclusive=True, group="details", exit_on_error=False)
     def _read_run(self, run: RunSummary) -> None:
@@ -176,12 +210,23 @@ class Launcher(Screen[None]):
         start, resume = self._session.start_in_background, self._session.resume_in_background
         self._choose(lambda name: watched(start(name)), lambda name: watched(resume(name)), " in the background")
 
+    def action_measure(self) -> None:
+        """Plans the highlighted profile from real steps."""
+        if profile := self._profiles.get(self._highlighted):
+            self._say(f"taking a few steps of {profile.name} with random tokens…")
+            self._plan(profile, measured=True)
+
+    @property
+    def _highlighted(self) -> str:
+        """The id of what is highlighted; empty where nothing is."""
+        highlighted = self.query_one("#choices", OptionList).highlighted_option
+        return highlighted.id if highlighted and highlighted.id else ""
+
     def _choose(self, start: Callable[[str], Client], resume: Callable[[str], Client], where: str) -> None:
         """Asked twice, it is done once."""
         if self._busy:
             return
-        highlighted = self.query_one("#choices", OptionList).highlighted_option
-        name = highlighted.id if highlighted and highlighted.id else ""
+        name = self._highlighted
         if profile := self._profiles.get(name):
             self._start(f"starting {profile.name}{where}…", lambda: start(str(profile.path)))
         elif run := self._runs.get(name):

@@ -17,6 +17,7 @@ from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
 from engine.errors import UserError
 from engine.events import Alarm, AnswerEnded, AnswerText, Event, RunEnded, RunOpened, State, StepCompleted
 from retention_tui.client import Client, ConnectionLost
+from retention_tui.foresight import ask_for_plan
 from retention_tui.history import Series
 from retention_tui.progress import Entry, Progress, empty_history, load_entries, load_history
 from retention_tui.screens.help import Help
@@ -27,6 +28,7 @@ from retention_tui.widgets.header import RunHeader
 from retention_tui.widgets.keybar import KeyBar
 from retention_tui.widgets.log import EventLog
 from retention_tui.widgets.monitor import Monitor
+from retention_tui.widgets.plan import PlanPage
 
 POLL_SECONDS = 1 / 8
 NUMBERS_SECONDS = 1 / 2
@@ -57,6 +59,7 @@ class RunScreen(Screen[None]):
         Binding("1", "tab('monitor')", "Monitor", show=False, tooltip="Show the charts"),
         Binding("2", "tab('chat')", "Chat", show=False, tooltip="Talk with the model"),
         Binding("3", "tab('log')", "Log", show=False, tooltip="Show what happened"),
+        Binding("4", "tab('plan')", "Plan", show=False, tooltip="Show what it needs, predicted and measured"),
         Binding("slash", "app.command_palette", "Commands", key_display="/", id="commands", tooltip="All commands"),
         Binding("question_mark", "help", "Help", key_display="?", id="help", tooltip="Keys and charts"),
         Binding("q", "quit", "Quit", id="quit", tooltip="Stop and quit, or leave the screen"),
@@ -66,7 +69,7 @@ class RunScreen(Screen[None]):
         super().__init__()
         self._client, self._home, self._move = client, home, move
         self._progress = Progress()
-        self._quitting = self._moving = self._past_shown = False
+        self._quitting = self._moving = self._past_shown = self._planned = False
         self._end: RunEnded | None = None
 
     def compose(self) -> ComposeResult:
@@ -79,6 +82,8 @@ class RunScreen(Screen[None]):
                 yield Chat(self._send)
             with TabPane("[bold $primary]3[/] Log", id="log"):
                 yield EventLog(self._progress)
+            with TabPane("[bold $primary]4[/] Plan", id="plan"):
+                yield PlanPage(self._progress)
         yield Happening(self._progress)
         yield KeyBar(cast(list[Binding], self.BINDINGS))
 
@@ -124,6 +129,8 @@ class RunScreen(Screen[None]):
 
     def _show_numbers(self) -> None:
         self.query_one(RunHeader).refresh()
+        if self._shown_tab == "plan":
+            self.query_one(PlanPage).show_progress()
 
     def _take(self, event: Event) -> None:
         match event:
@@ -157,6 +164,18 @@ class RunScreen(Screen[None]):
         self._progress.adopt_history(history)
         self._progress.adopt_entries(entries)
         self.query_one(EventLog).rewrite()
+
+    @work(thread=True, group="plan", exit_on_error=False)
+    def _plan(self) -> None:
+        """In a thread: plans the run as if it were to start now, once somebody looks."""
+        path, page = self._client.run.path, self.query_one(PlanPage)
+        try:
+            table = ask_for_plan(path, path.parent, given_up=lambda: get_current_worker().is_cancelled)
+        except UserError as error:
+            self.app.call_from_thread(page.say, str(error))
+        else:
+            if table is not None:
+                self.app.call_from_thread(page.take, table)
 
     def _draw_charts(self) -> None:
         if self._shown_tab == "monitor":
@@ -289,6 +308,9 @@ class RunScreen(Screen[None]):
             self.query_one(Chat).focus_input()
         else:
             self.set_focus(None)
+        if event.pane.id == "plan" and not self._planned:
+            self._planned = True
+            self._plan()
         self._draw_charts()
 
     def _ask(self, command: Command, said: str) -> None:

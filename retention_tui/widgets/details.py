@@ -15,10 +15,12 @@ from engine.store import RunSummary
 from retention_tui import wording
 from retention_tui.client import INTERRUPTED
 from retention_tui.history import Series
+from retention_tui.plan_view import Table
 from retention_tui.theme import FAINT
 from retention_tui.widgets.chart import Chart
 from retention_tui.widgets.header import STATE_COLOURS
 from retention_tui.widgets.monitor import LOSS, legend
+from retention_tui.widgets.plan import PlanSummary
 
 CURVES = ("loss", "val_loss")
 """The metrics of a run's chart here."""
@@ -31,18 +33,24 @@ class Details(Vertical):
     """A heading, a few facts, and for a run the course of its loss."""
 
     def compose(self) -> ComposeResult:
+        yield Static(id="about")
+        yield PlanSummary()
         yield Static(id="facts")
         yield Chart(LOSS)
 
     def on_mount(self) -> None:
-        self.query_one(Chart).display = False
+        self.query_one(Chart).display = self.query_one(PlanSummary).display = False
 
     def show_profile(self, name: str, description: str, profile: Profile | None) -> None:
         """Shows a profile; without `profile`, which may be on its way or wrong, only its description."""
-        lines = [Content(description), Content()]
-        if profile:
-            lines += _table(_profile_facts(profile))
-        self._show(name, Content("\n").join(lines), None, None)
+        lines = _table(_profile_facts(profile)) if profile else []
+        self._show(name, Content(description), Content("\n").join(lines), None, None)
+
+    def show_plan(self, table: Table | None, said: str = "") -> None:
+        """Shows the plan of the profile that is shown, or in its place what is to be said."""
+        summary = self.query_one(PlanSummary)
+        summary.display = table is not None or bool(said)
+        summary.show(table, said)
 
     def show_run(self, run: RunSummary, reason: str, series: Mapping[str, Series] | None) -> None:
         """Shows a run; `reason` says in words why it is in its state, and may be empty."""
@@ -58,13 +66,19 @@ class Details(Vertical):
         state = Content.styled(f"● {run.state}", state_colour(run.state))
         heading = Content.assemble(state, (f"  {reason}", FAINT)) if reason else state
         last = max((s.last_step for s in series.values() if len(s)), default=0.0) if series else 0.0
-        lines = [heading, Content(), *_table(facts), Content()]
-        self._show(run.name, Content("\n").join(lines), series, (0.0, max(last, 1.0)))
+        self.show_plan(None)
+        self._show(run.name, heading, Content("\n").join(_table(facts)), series, (0.0, max(last, 1.0)))
 
     def _show(
-        self, title: str, facts: Content, series: Mapping[str, Series] | None, span: tuple[float, float] | None
+        self,
+        title: str,
+        about: Content,
+        facts: Content,
+        series: Mapping[str, Series] | None,
+        span: tuple[float, float] | None,
     ) -> None:
         self.border_title = Content.styled(title, "bold")
+        self.query_one("#about", Static).update(about)
         self.query_one("#facts", Static).update(facts)
         chart = self.query_one(Chart)
         chart.display = series is not None
