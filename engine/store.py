@@ -35,6 +35,7 @@ RUN_FORMAT = 1
 SCHEMA_VERSION = 2
 _PATIENCE_MILLISECONDS = 200  # training waits meanwhile, and rows can wait in memory
 _LAST_PATIENCE_MILLISECONDS = 5000
+_RETRY_SHARE = 0.05  # of the time, at most, for tries in vain: what waits grows, and so does a try
 _READINGS = tuple(field.name for field in dataclasses.fields(Reading) if field.name != "time")
 _HOST = f"CREATE TABLE host (time REAL PRIMARY KEY, {', '.join(_READINGS)}) WITHOUT ROWID;"
 _SCHEMA = f"""
@@ -262,7 +263,7 @@ class RunDirectory:
 class StoreWriter:
     """The only writer of run.sqlite, owned by one thread.
 
-    Rows wait in memory until SQLite has taken them, so that a full disk costs nothing but memory until there is room
+    Rows wait in memory until SQLite has taken them, so that a full disk costs little but memory until there is room
     again: `flush` says what went wrong and is simply called again later. Raises `UserError` for a file that is damaged
     or from a newer release.
     """
@@ -270,6 +271,8 @@ class StoreWriter:
     def __init__(self, run: RunDirectory) -> None:
         self._path = run.database_path
         self._pending: list[tuple[str, tuple[Any, ...]]] = []
+        self._problem: str | None = None
+        self._retry_at = 0.0
         self.attempt = self._parent = self._from_step = 0
         try:
             self._database = sqlite3.connect(run.database_path, timeout=10, isolation_level=None)
@@ -335,7 +338,16 @@ class StoreWriter:
         self._add(f"INSERT OR REPLACE INTO host (time, {', '.join(_READINGS)}) VALUES ({marks})", row)
 
     def flush(self) -> str | None:
-        """Writes what is waiting, in one transaction. Returns None, or why it could not be written yet."""
+        """Writes what is waiting, in one transaction. Returns None, or why it could not be written yet.
+
+        After a failure it tries again only some time later.
+        """
+        if self._problem and time.monotonic() < self._retry_at:
+            return self._problem
+        return self._write()
+
+    def _write(self) -> str | None:
+        started, self._problem = time.monotonic(), None
         if not self._pending:
             return None
         try:
@@ -346,7 +358,9 @@ class StoreWriter:
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
                 self._database.execute("ROLLBACK")
-            return str(error)
+            now = time.monotonic()
+            self._problem, self._retry_at = str(error), now + (now - started) / _RETRY_SHARE
+            return self._problem
         self._pending.clear()
         return None
 
@@ -355,7 +369,7 @@ class StoreWriter:
 
         Never waits for a reader: where one is in the way, what remains is on the medium in the log alone.
         """
-        if problem := self.flush():
+        if problem := self._write():
             return problem
         try:
             self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -367,7 +381,7 @@ class StoreWriter:
         """Writes what is waiting, now with patience. Returns None, or why all of that is lost."""
         with contextlib.suppress(sqlite3.Error), contextlib.closing(self._database):
             self._database.execute(f"PRAGMA busy_timeout = {_LAST_PATIENCE_MILLISECONDS}")
-            return self.flush()
+            return self._write()
         return "it cannot be closed"
 
     def _add(self, statement: str, row: tuple[Any, ...]) -> None:

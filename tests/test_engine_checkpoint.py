@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from engine.backend import mx
 from engine.checkpoint import (
     Checkpoint,
+    CheckpointError,
     best_checkpoint,
     choose_checkpoint,
     list_checkpoints,
@@ -97,3 +101,84 @@ def test_a_score_that_is_noted_later_counts(run: RunDirectory) -> None:
     assert best_checkpoint(list_checkpoints(run)) == late
     prune_checkpoints(run, keep=1)
     assert folders(run) == ["step-0000004"]
+
+
+def test_a_changed_bit_of_the_state_is_noticed_wherever_it_is(run: RunDirectory) -> None:
+    """Else a run could go on from step 18 as step 19. Only white space may change."""
+    checkpoint = save(run, 18, val_loss=1.0)
+    file, state = checkpoint.path / "state.json", checkpoint.state()
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert checkpoint.state() == state
+            assert whole[place : place + 1].isspace()
+        except UserError:
+            continue
+    file.write_bytes(whole)
+    assert checkpoint.verify() == state
+
+
+def test_a_checkpoint_of_the_first_release_is_read(run: RunDirectory) -> None:
+    checkpoint = save(run, 2)
+    file = checkpoint.path / "state.json"
+    older = json.loads(file.read_text()) | {"format": 1}
+    del older["checksum"]
+    file.write_text(json.dumps(older))
+    assert checkpoint.verify()["step"] == 2
+
+
+def test_what_a_killed_writer_left_makes_room_for_the_next(run: RunDirectory) -> None:
+    save(run, 2)
+    for name in (".writing-step-0000004", ".deleting-step-0000001"):
+        (run.checkpoints_path / name).mkdir()
+        (run.checkpoints_path / name / "model.safetensors").write_bytes(b"half")
+    seen: list[str] = []
+
+    def write_model(folder: Path) -> None:
+        seen.extend(folders(run))
+
+    save_checkpoint(run, 4, 1, write_model, {"v": mx.zeros(2)}, {"val_loss": None})
+    assert seen == [".writing-step-0000004", "step-0000002"]
+    assert folders(run) == names(run) == ["step-0000002", "step-0000004"]
+
+
+def test_a_sync_that_fails_is_said_and_a_second_try_keeps_the_first(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name is given before the last sync: what has it is whole, and stays so at every moment."""
+    count, sync = [0], os.fsync
+
+    def fail_at(number: int) -> None:
+        def fsync(descriptor: int) -> None:
+            count[0] += 1
+            if count[0] == number:
+                raise OSError(5, "Input/output error")
+            sync(descriptor)
+
+        count[0] = 0
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    fail_at(0)
+    save(run, 2)
+    syncs = count[0]
+    for number in range(1, syncs + 1):
+        fail_at(number)
+        with pytest.raises(CheckpointError, match="step 4 could not be written: Input/output error"):
+            save(run, 4)
+        for checkpoint in list_checkpoints(run):
+            checkpoint.verify()
+        assert names(run)[0] == "step-0000002"
+    fail_at(0)
+    save(run, 4, val_loss=1.0)
+    assert folders(run) == ["step-0000002", "step-0000004"]
+    assert list_checkpoints(run)[-1].verify()["val_loss"] == 1.0
+
+
+def test_a_folder_that_is_gone_is_not_made_again(run: RunDirectory) -> None:
+    """A run that somebody deletes while it trains must not leave half a run behind."""
+    save(run, 2)
+    shutil.rmtree(run.path)
+    with pytest.raises(CheckpointError, match="No such file"):
+        save(run, 4)
+    assert not run.path.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 import time
 from pathlib import Path
@@ -27,6 +28,36 @@ def test_a_name_that_is_taken_is_refused_and_one_that_is_not_given_is_found(run:
     for name in ("../out", ".hidden", "", " x", "a\nb"):
         with pytest.raises(UserError, match="cannot be used"):
             create_run(tmp_path, "tiny", IDENTITY, name)
+
+
+def test_what_a_killed_start_left_does_not_take_a_name(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert create_run(tmp_path, "other", IDENTITY, "empty").identity()["name"] == "empty"
+    (tmp_path / ".new-1").mkdir()
+    (tmp_path / ".new-1" / "run.json").write_bytes(run.identity_path.read_bytes())
+    assert sorted(summary.name for summary in list_runs(tmp_path)) == ["empty", "tiny"]
+    for name in ("file", "folder"):
+        (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).write_text("mine")
+    (tmp_path / "folder" / "mine").write_text("")
+    for name in ("file", "folder"):
+        with pytest.raises(UserError, match="exists already"):
+            create_run(tmp_path, "other", IDENTITY, name)
+        assert create_run(tmp_path, name, IDENTITY).name == f"{name}-2"
+    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "folder" / "mine").exists()
+
+
+def test_a_run_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(UserError, match=r"runs folder .* cannot be written: File too large"):
+            create_run(runs, "tiny", IDENTITY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(runs.iterdir())
+    assert create_run(runs, "tiny", IDENTITY).name == "tiny"
 
 
 def test_one_lock_at_a_time(run: RunDirectory) -> None:
@@ -80,8 +111,33 @@ def test_a_store_that_another_process_holds_costs_no_time_and_no_row(run: RunDir
     other.execute("ROLLBACK")
     other.close()
     store.record(2, {"loss": 1.0})
+    began = time.monotonic()
+    assert store.flush() == "database is locked"
+    assert time.monotonic() - began < 0.05, "tries in vain come seldom"
+    assert store.settle() is None
+    store.record(3, {"loss": 0.5})
     assert store.close() is None
-    assert run.curve("loss")[1].tolist() == [2.0, 1.0]
+    assert run.curve("loss")[1].tolist() == [2.0, 1.0, 0.5]
+
+
+def test_what_is_settled_needs_no_log(run: RunDirectory) -> None:
+    """Also while somebody reads, who must never hold it up."""
+    store = StoreWriter(run)
+    store.begin_attempt(0, 10)
+    store.record(1, {"loss": 2.0})
+    assert store.flush() is None
+    with run.reader() as reader:
+        assert reader is not None
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM value").fetchone() == (1,)
+        store.record(2, {"loss": 1.0})
+        assert store.settle() is None
+    assert store.settle() is None
+    copied = RunDirectory(run.path.with_name("copied"))
+    copied.path.mkdir()
+    copied.database_path.write_bytes(run.database_path.read_bytes())
+    assert copied.curve("loss")[1].tolist() == [2.0, 1.0]
+    store.close()
 
 
 def test_a_value_of_the_step_that_an_attempt_goes_on_from_is_on_the_curve(run: RunDirectory) -> None:
