@@ -1,0 +1,160 @@
+"""Memory and time beforehand: a few lines for the launcher, and a page that sets them beside what a run has taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.app import ComposeResult
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.widgets import Static
+
+from retention_tui import wording
+from retention_tui.plan_view import NAMES, Table, facts, shares, time_words
+from retention_tui.progress import Progress
+from retention_tui.theme import FAINT
+
+LEVEL_COLOURS = {"green": "$success", "yellow": "$warning", "red": "$error"}
+_LEVEL_WORDS = {"green": "fits", "yellow": "tight", "red": "does not fit"}
+_PARTS = (
+    ("loss", "$primary", ("logits_and_loss",)),
+    ("activations", "$accent", ("activations", "retention_states")),
+    ("weights", "$secondary", ("frozen_weights", "trained_weights", "compute_copies")),
+    ("optimizer", "$foreground 65%", ("optimizer_state", "update")),
+    ("gradients", "$foreground 45%", ("gradients",)),
+    ("rest", "$foreground 25%", ("data", "allocator_cache", "rest_of_process")),
+)
+"""What the bar shows: a name, a colour and the components that it adds up."""
+_MEASURED = {
+    "allocator_cache": "cache_memory_bytes",
+    "MLX's peak": "peak_memory_bytes",
+    "all of the process": "process_memory_bytes",
+}
+"""The lines of a plan that a run measures, and its metrics."""
+_BAR_WIDTH = 60
+_INDENT = 8
+
+
+class PlanSummary(Static):
+    """The need as a bar of its parts, the verdict, the time; nothing before there is a plan."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._table: Table | None = None
+        self._said = ""
+
+    def show(self, table: Table | None, said: str = "") -> None:
+        """Shows a plan, or in its place what is to be said."""
+        self._table, self._said = table, said
+        self._draw()
+
+    def on_resize(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        width = self.content_size.width
+        if self._table is not None and width:
+            self.update(Content("\n").join(summary(self._table, width)))
+        else:
+            self.update(Content.styled(self._said, FAINT))
+
+
+class PlanPage(VerticalScroll):
+    """A run's plan, predicted beside measured."""
+
+    can_focus = False
+
+    def __init__(self, progress: Progress, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._progress = progress
+        self._table: Table | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Static(Content.styled("planning…", FAINT), id="plan-page")
+
+    def take(self, table: Table) -> None:
+        """Takes the plan, once it is made."""
+        self._table = table
+        self.show_progress()
+
+    def say(self, text: str) -> None:
+        """Says why there is no plan."""
+        self.query_one("#plan-page", Static).update(Content.styled(text, FAINT))
+
+    def show_progress(self) -> None:
+        """Sets what the run has taken so far beside the plan."""
+        if self._table is not None:
+            self.query_one("#plan-page", Static).update(Content("\n").join(page(self._table, self._progress)))
+
+
+def summary(table: Table, width: int) -> list[Content]:
+    """The lines of the launcher, for a width in columns."""
+    level, limit = table["verdict"], table["for_training_bytes"]
+    of = f" of {wording.size(limit)}" if limit else ""
+    verdict = (f"● {_LEVEL_WORDS[level]}", LEVEL_COLOURS[level])
+    need = f"{wording.size(table['need_bytes'])}{of}  "
+    lines = [Content.assemble(("memory  ", FAINT), need, verdict), *_bar(table, width)]
+    if level != "green":
+        lines.append(Content.styled(_indented(table["sentence"], width), LEVEL_COLOURS[level]))
+    if table["suggestions"]:
+        fits = _indented(f"fits with {table['suggestions'][0]['options']}", width)
+        lines.append(Content(fits))
+    time = _indented(time_words(table["time"]), width).lstrip()
+    return [*lines, Content.assemble(("time    ", FAINT), time)]
+
+
+def page(table: Table, progress: Progress) -> list[Content]:
+    """The lines of a run's page."""
+    metrics = progress.metrics
+    head = Content.styled(f"{'':<22}{'predicted':>12}{'so far':>12}", FAINT)
+    lines = [head, *(_row(NAMES[name], size, metrics.get(_MEASURED.get(name, ""))) for name, size in shares(table))]
+    for name, key in (("MLX's peak", "predicted_peak_bytes"), ("all of the process", "need_bytes")):
+        lines.append(_row(name, table[key], metrics.get(_MEASURED[name])))
+    planned, rate = table["time"]["seconds_a_step"], metrics.get("steps_per_second")
+    said = f"{1 / planned:.3g} it/s" if planned else wording.MISSING
+    so_far = f"{rate:.3g} it/s" if rate else wording.MISSING
+    lines += [Content.assemble((f"{'speed':<22}", FAINT), f"{said:>12}{so_far:>12}"), Content()]
+    for name, text in facts(table):
+        colour = LEVEL_COLOURS[table["verdict"]] if name == "memory" else ""
+        lines.append(Content.assemble((f"{name:<14}", FAINT), (text, colour)))
+    return lines
+
+
+def _bar(table: Table, width: int) -> list[Content]:
+    """The parts of the need as one bar, largest first, and what its colours mean."""
+    parts = [(name, colour, sum(table["components"].get(key, 0) for key in keys)) for name, colour, keys in _PARTS]
+    parts = sorted((part for part in parts if part[2]), key=lambda part: -part[2])
+    columns = _columns([size for _, _, size in parts], min(_BAR_WIDTH, width))
+    bar = Content("").join(Content.styled("█" * count, part[1]) for part, count in zip(parts, columns, strict=True))
+    lines, line = [bar], Content()
+    for name, colour, size in parts:
+        entry = Content.assemble(("■ ", colour), (f"{name} ", FAINT), wording.size(size))
+        if line.cell_length and line.cell_length + entry.cell_length + 2 > width:
+            lines, line = [*lines, line], Content()
+        line = line + "  " + entry if line.cell_length else entry
+    return [*lines, line]
+
+
+def _columns(sizes: Sequence[int], width: int) -> list[int]:
+    """Whole columns in proportion to sizes, that add up to the width: the largest remainders are rounded up."""
+    exact = [size * width / sum(sizes) for size in sizes]
+    columns = [int(value) for value in exact]
+    order = sorted(range(len(sizes)), key=lambda index: columns[index] - exact[index])
+    for index in order[: width - sum(columns)]:
+        columns[index] += 1
+    return columns
+
+
+def _indented(text: str, width: int) -> str:
+    """The text in lines of a width, all under the first one's words."""
+    lines, line = list[str](), ""
+    for word in text.split():
+        if line and len(line) + len(word) + 1 > width - _INDENT:
+            lines, line = [*lines, line], ""
+        line = f"{line} {word}".lstrip()
+    return "\n".join(" " * _INDENT + part for part in [*lines, line])
+
+
+def _row(name: str, size: int, measured: float | None) -> Content:
+    so_far = wording.size(measured) if measured is not None else ""
+    return Content.assemble((f"{name:<22}", FAINT), f"{wording.size(size):>12}{so_far:>12}")
