@@ -12,6 +12,7 @@ from engine.guards import Warn
 from engine.guards.hang import HangGuard
 from engine.host import Machine
 from engine.host.awake import Awake
+from engine.host.mlx_variables import set_mlx_variables
 from engine.host.watch import Watch
 from engine.lines import LineWriter
 from engine.profile import Profile
@@ -36,12 +37,15 @@ class Vigil:
         self._run, self._publish = run, publish
         self.hang = HangGuard(profile.guard.hang_factor, profile.guard.hang_seconds)
         self._watch = Watch(self._take, machine, every_seconds)
+        self._host = profile.host
         self._awake = Awake(profile.host.display_sleep) if profile.host.keep_awake else None
         self._waking = threading.Thread(target=self._keep_awake, name="awake", daemon=True)
         self._kept: SimpleQueue[Event] = SimpleQueue()
 
     def start(self) -> None:
-        """Begins to watch, and keeps the machine awake; a notice says how, or why not."""
+        """Begins to watch, and keeps the machine awake; notices say how, or why not, and what else was not granted."""
+        for refusal in set_mlx_variables(self._host):
+            self._say(Notice(text=refusal))
         self._watch.start()
         if self._awake is not None:
             self._waking.start()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from engine.commands import Command, Generate
 from engine.errors import ExitCode, UserError
 from engine.events import AnswerEnded, Event, Reading, RunEnded, State, StepCompleted
+from engine.host.mlx_variables import set_mlx_variables
 from engine.journal import Journal
 from engine.profile import Profile
 from engine.store import RunDirectory
@@ -135,6 +136,7 @@ class Engine:
         self.ended = ended
 
     def _work_to_the_end(self) -> RunEnded:
+        set_mlx_variables(self.profile.host)  # before MLX is loaded; the vigil says what of it could not be
         from engine.backend import is_out_of_memory, mx  # MLX's streams belong to the thread that first uses them
         from engine.outcome import Outcome
         from engine.ranks import Ranks

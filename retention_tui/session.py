@@ -209,7 +209,6 @@ class Session:
         return self.client
 
     def _assist(self, path: Path, profile: Profile) -> None:
-        set_mlx_variables(profile.host)
         self._engine = Engine(RunDirectory(path), profile, assists=True)
         self._engine.start()
 

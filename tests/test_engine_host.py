@@ -1036,15 +1036,22 @@ class TestVariables:
         assert done == "False"
         assert "too late" in said
 
-    def test_a_run_starts_with_them(self, tiny: Path, tmp_path: Path) -> None:
+    def test_a_run_starts_with_them_and_the_next_one_says_that_it_does_not(self, tiny: Path, tmp_path: Path) -> None:
         script = f"""
             from pathlib import Path
+            from engine.events import Notice
             from retention_tui.session import Session
             session = Session(Path({str(tmp_path / "runs")!r}))
-            session.start({str(tiny)!r}, ["train.steps=1", "host.buffer_mb=48", "host.keep_awake=false"])
-            print(session.finish(), os.environ["MLX_MAX_MB_PER_BUFFER"])
+            for buffer in (48, 64):
+                settings = ["train.steps=1", "host.keep_awake=false", f"host.buffer_mb={{buffer}}"]
+                client = session.start({str(tiny)!r}, settings)
+                print(session.finish(), os.environ["MLX_MAX_MB_PER_BUFFER"])
+                print(*(event.text for event in client.events() if isinstance(event, Notice) and "MLX" in event.text))
         """
-        assert set_in_a_process(script) == ["0 48"]
+        first, nothing, second, refusal = set_in_a_process(script)
+        assert first == second == "0 48"
+        assert nothing == ""
+        assert refusal.startswith("MLX_MAX_MB_PER_BUFFER=64 comes too late")
 
 
 # --- the doctor -------------------------------------------------------------------------------------------------------

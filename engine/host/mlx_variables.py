@@ -9,6 +9,7 @@ from engine.profile import Host
 
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 BUFFER_MB = "MLX_MAX_MB_PER_BUFFER"
+_set_here: dict[str, str] = {}
 
 
 def set_mlx_variables(host: Host) -> list[str]:
@@ -25,10 +26,10 @@ def set_mlx_variables(host: Host) -> list[str]:
         present = os.environ.get(name)
         if present == value:
             continue
-        if present is not None:
+        if present is not None and present != _set_here.get(name):
             refusals.append(f"{name} stays {present}, as your environment says; the profile asks for {value}")
         elif "mlx.core" in sys.modules:
             refusals.append(f"{name}={value} comes too late: MLX is loaded already; start the run by its own command")
         else:
-            os.environ[name] = value
+            os.environ[name] = _set_here[name] = value
     return refusals
