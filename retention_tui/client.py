@@ -9,7 +9,6 @@ from engine.commands import Command
 from engine.events import Event
 from engine.store import RunDirectory
 
-
 INTERRUPTED = "interrupted"
 """What a run is called whose process is gone, and that has not said its end."""
 

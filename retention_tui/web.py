@@ -10,6 +10,7 @@ import ipaddress
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
@@ -40,13 +41,14 @@ def serve(runs_folder: Path, run_name: str, host: str, port: int) -> int:
         server = _make_server(run, host, port)
     except ModuleNotFoundError as error:
         raise UserError(f"watch --web needs {error.name}; install it with: pip install 'retention-tui[web]'") from None
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be served: {error.strerror or error}") from None
     if not _is_loopback(host):
         warning = f"anybody who reaches {host}:{port} can look at this run: there is no password"
         print(f"retention-tui: {warning}", file=sys.stderr)
-    try:
-        server.serve()
-    except OSError as error:
-        raise UserError(f"{host}:{port} cannot be served: {error.strerror or error}") from None
+    server.serve()
     return ExitCode.OK
 
 
