@@ -79,6 +79,9 @@ class Plan:
     capacity: Capacity
     level: Level
     verdict: str
+    """A sentence."""
+    reason: str
+    """The part of it that says why all is not well; empty where it is."""
     suggestions: tuple[Suggestion, ...]
     timing: Timing
 
@@ -124,6 +127,7 @@ def plan(
     need = sum(components.values())
     level, why = capacity.judge(_in_mlx(components), need)
     suggestions = suggest(profile, capacity=capacity, setting=setting) if level is not Level.GREEN else ()
+    reason = _reason(components, level, why, fits=bool(suggestions))
     return Plan(
         profile=profile,
         components=components,
@@ -134,7 +138,8 @@ def plan(
         accumulation=micro_batches(profile, setting.ranks),
         capacity=capacity,
         level=level,
-        verdict=_verdict(components, level, why, fits=bool(suggestions)),
+        verdict=_verdict(components, level, reason or why, fits=bool(suggestions)),
+        reason=reason,
         suggestions=suggestions,
         timing=foresee(profile, runs_folder, except_run),
     )
@@ -255,13 +260,16 @@ def _in_words(profile: Profile, changed: Profile, setting: Setting) -> str:
     return "; ".join(words)
 
 
-def _verdict(components: Mapping[str, int], level: Level, why: str, *, fits: bool) -> str:
-    need = f"about {gigabytes(sum(components.values()))} are needed"
+def _reason(components: Mapping[str, int], level: Level, why: str, *, fits: bool) -> str:
     if level is Level.GREEN:
-        return f"fits: {need}, {why}" if why else f"{need}; what this machine has is unknown"
-    if level is Level.YELLOW:
-        return f"tight: {need}, {why}"
-    if fits:
-        return f"does not fit: {need}, {why}"
-    bare = sum(components.get(name, 0) for name in (FROZEN, TRAINED, OPTIMIZER))
-    return f"nothing of this fits: {need}, {gigabytes(bare)} for weights and optimizer alone; {why}"
+        return ""
+    if level is Level.RED and not fits:
+        bare = sum(components.get(name, 0) for name in (FROZEN, TRAINED, OPTIMIZER))
+        return f"{why}, and weights and optimizer alone take {gigabytes(bare)}"
+    return why
+
+
+def _verdict(components: Mapping[str, int], level: Level, why: str, *, fits: bool) -> str:
+    words = {Level.GREEN: "fits", Level.YELLOW: "tight", Level.RED: "does not fit" if fits else "nothing of this fits"}
+    need = f"{words[level]}: about {gigabytes(sum(components.values()))} are needed"
+    return f"{need}, {why}" if why else f"{need}; what this machine has is unknown"

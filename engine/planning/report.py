@@ -34,6 +34,7 @@ def as_table(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
         "for_training_bytes": capacity.for_training_bytes,
         "verdict": str(plan.level),
         "sentence": plan.verdict,
+        "reason": plan.reason,
         "suggestions": [{**asdict(suggestion), "options": suggestion.options} for suggestion in plan.suggestions],
         "time": {
             "steps": timing.steps,

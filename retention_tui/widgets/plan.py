@@ -15,7 +15,7 @@ from retention_tui.progress import Progress
 from retention_tui.theme import FAINT
 
 LEVEL_COLOURS = {"green": "$success", "yellow": "$warning", "red": "$error"}
-_LEVEL_WORDS = {"green": "fits", "yellow": "tight", "red": "does not fit"}
+_LEVEL_WORDS = {"green": "fits", "yellow": "tight", "red": "too large"}
 _PARTS = (
     ("loss", "$primary", ("logits_and_loss",)),
     ("activations", "$accent", ("activations", "retention_states")),
@@ -90,12 +90,11 @@ class PlanPage(VerticalScroll):
 def summary(table: Table, width: int) -> list[Content]:
     """The lines of the launcher, for a width in columns."""
     level, limit = table["verdict"], table["for_training_bytes"]
-    of = f" of {wording.size(limit)}" if limit else ""
+    need = f"{table['need_bytes'] / 1e9:,.1f} of {limit / 1e9:,.1f} GB" if limit else wording.size(table["need_bytes"])
     verdict = (f"● {_LEVEL_WORDS[level]}", LEVEL_COLOURS[level])
-    need = f"{wording.size(table['need_bytes'])}{of}  "
-    lines = [Content.assemble(("memory  ", FAINT), need, verdict), *_bar(table, width)]
-    if level != "green":
-        lines.append(Content.styled(_indented(table["sentence"], width), LEVEL_COLOURS[level]))
+    lines = [Content.assemble(("memory  ", FAINT), f"{need}  ", verdict), *_bar(table, width)]
+    if table["reason"]:
+        lines.append(Content.styled(_indented(table["reason"], width), LEVEL_COLOURS[level]))
     if table["suggestions"]:
         fits = _indented(f"fits with {table['suggestions'][0]['options']}", width)
         lines.append(Content(fits))
