@@ -995,13 +995,15 @@ class TestAwake:
 # --- MLX's variables --------------------------------------------------------------------------------------------------
 
 
+START = "from engine.profile import Host; from engine.host.mlx_variables import set_mlx_variables as set; import os\n"
+
+
 def set_in_a_process(script: str, **environment: str) -> list[str]:
-    start = (
-        "from engine.profile import Host; from engine.host.mlx_variables import set_mlx_variables as set; import os\n"
-    )
-    surroundings = {key: value for key, value in os.environ.items() if not key.startswith(("MLX_MAX", "AGX_"))}
+    surroundings = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MLX_MAX", "AGX_", "RETENTION_TUI_SET"))
+    }
     done = subprocess.run(
-        [sys.executable, "-c", start + textwrap.dedent(script)],
+        [sys.executable, "-c", START + textwrap.dedent(script)],
         env=surroundings | environment,
         capture_output=True,
         text=True,
@@ -1029,6 +1031,19 @@ class TestVariables:
         )
         assert value == "200"
         assert "stays 200" in said and "asks for 64" in said
+
+    def test_a_process_started_from_a_run_has_wishes_of_its_own(self) -> None:
+        child = (
+            "print(set(Host(buffer_mb=16)), os.environ['MLX_MAX_MB_PER_BUFFER'], set(Host())); print(dict(os.environ))"
+        )
+        script = f"""
+            import subprocess, sys
+            set(Host(buffer_mb=64))
+            print(subprocess.run([sys.executable, "-c", {START + child!r}], capture_output=True, text=True).stdout)
+        """
+        said, surroundings, *_ = set_in_a_process(script)
+        assert said == "[] 16 []"
+        assert "MLX_MAX_MB_PER_BUFFER'" not in surroundings
 
     def test_too_late_is_said_and_not_done(self) -> None:
         script = "import engine.backend; print(*set(Host(buffer_mb=64))); print('MLX_MAX_MB_PER_BUFFER' in os.environ)"

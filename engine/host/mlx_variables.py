@@ -9,7 +9,8 @@ from engine.profile import Host
 
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 BUFFER_MB = "MLX_MAX_MB_PER_BUFFER"
-_set_here: dict[str, str] = {}
+_OURS = "RETENTION_TUI_SET"
+"""Names what was set here, so that a process started from this one does not take it for its user's wish."""
 
 
 def set_mlx_variables(host: Host) -> list[str]:
@@ -18,18 +19,30 @@ def set_mlx_variables(host: Host) -> list[str]:
     What the user has set stays as it is, and MLX that is there already keeps what it has read. Returns a line for each
     wish that is not granted; asked again with MLX there, it says the same, and nothing where all is as wished.
     """
-    wishes = {WATCHDOG: "1"} if host.relax_metal_watchdog else {}
-    if host.buffer_mb is not None:
-        wishes[BUFFER_MB] = str(host.buffer_mb)
+    wishes = {
+        WATCHDOG: "1" if host.relax_metal_watchdog else None,
+        BUFFER_MB: None if host.buffer_mb is None else str(host.buffer_mb),
+    }
     refusals = []
-    for name, value in wishes.items():
+    for name, wish in wishes.items():
         present = os.environ.get(name)
-        if present == value:
+        ours = f"{name}={present}" in os.environ.get(_OURS, "").split()
+        if present == wish or (wish is None and not ours):
             continue
-        if present is not None and present != _set_here.get(name):
-            refusals.append(f"{name} stays {present}, as your environment says; the profile asks for {value}")
-        elif "mlx.core" in sys.modules:
-            refusals.append(f"{name}={value} comes too late: MLX is loaded already; start the run by its own command")
-        else:
-            os.environ[name] = _set_here[name] = value
+        if present is not None and not ours:
+            refusals.append(f"{name} stays {present}, as your environment says; the profile asks for {wish}")
+        elif "mlx.core" not in sys.modules:
+            _set(name, wish)
+        elif wish is not None:
+            refusals.append(f"{name}={wish} comes too late: MLX is loaded already; start the run by its own command")
     return refusals
+
+
+def _set(name: str, value: str | None) -> None:
+    ours = [entry for entry in os.environ.get(_OURS, "").split() if not entry.startswith(f"{name}=")]
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+        ours.append(f"{name}={value}")
+    os.environ[_OURS] = " ".join(ours)
