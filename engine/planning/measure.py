@@ -1,4 +1,4 @@
-"""A few real steps with random tokens, in a process of its own, so that its peak is its own.
+"""A few real steps with random tokens, in a process of its own, so that their peak is its own.
 
 It needs no data, no tokenizer and no network. `python -m engine.planning.measure` reads a profile as JSON from standard
 input, takes steps of it and answers with one line of JSON.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -20,15 +21,17 @@ from engine.planning import micro_batch, micro_batches
 from engine.planning.pace import remember
 from engine.profile import Profile
 
-_KILLED = -9
-_SECONDS, _FEWEST_STEPS, _MOST_STEPS = 3.0, 2, 10
+_KILLED = (-signal.SIGKILL, -signal.SIGSEGV)
+"""How a process ends that asked for too much: by the kernel, or where an address limit refuses it memory."""
+
+_MOST_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a real step took; `peak_bytes` is MLX's, `process_peak_bytes` what the process had in memory at most.
 
-    The seconds are a median without the first of several steps, which also compiles on GPUs.
+    The seconds are a median, of several steps without the first, which also compiles on GPUs.
     """
 
     peak_bytes: int
@@ -41,20 +44,20 @@ class Measured:
     steps: int
 
 
-def measure(profile: Profile) -> Measured:
-    """Takes steps of a profile in a fresh process and remembers their time.
+def measure(profile: Profile, seconds: float = 3.0) -> Measured:
+    """Takes steps of a profile in a fresh process, for about so many seconds, and remembers their time.
 
     At most two micro-batches of a step are computed: more of them take more time, but no more memory.
     Raises `UserError` in one line where the step fails, also where the system kills it because memory is used up.
     """
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "engine.planning.measure"],
+        [sys.executable, "-P", "-m", "engine.planning.measure", str(seconds)],
         input=json.dumps(profile.model_dump(mode="json", by_alias=True)),
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode == _KILLED:
+    if done.returncode in _KILLED:
         raise UserError("the measured step was killed by the system: this machine has too little memory for it")
     answer = done.stdout.strip().splitlines()
     if done.returncode or not answer:
@@ -65,7 +68,7 @@ def measure(profile: Profile) -> Measured:
     return measured
 
 
-def _take_steps(profile: Profile) -> Measured:
+def _take_steps(profile: Profile, enough_seconds: float) -> Measured:
     from engine.backend import compute_dtype, mx, on_gpu
     from engine.optimizer import learning_rate
     from engine.planning.rehearsal import rehearsal
@@ -78,7 +81,8 @@ def _take_steps(profile: Profile) -> Measured:
     size, parts = micro_batch(profile), micro_batches(profile)
     seconds: list[float] = []
     gradient_bytes = peak_bytes = 0
-    while len(seconds) < _FEWEST_STEPS or (sum(seconds) < _SECONDS and len(seconds) < _MOST_STEPS):
+    fewest = 2 if on_gpu() else 1
+    while len(seconds) < fewest or (sum(seconds) < enough_seconds and len(seconds) < _MOST_STEPS):
         mx.reset_peak_memory()
         started = time.perf_counter()
         for _ in range(min(parts, 2)):
@@ -115,4 +119,5 @@ def _process_peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_take_steps(Profile.model_validate(json.load(sys.stdin))))))  # noqa: T201
+    measured = _take_steps(Profile.model_validate(json.load(sys.stdin)), float(sys.argv[1]))
+    print(json.dumps(asdict(measured)))  # noqa: T201

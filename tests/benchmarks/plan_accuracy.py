@@ -59,7 +59,7 @@ def main() -> None:
             "model.switch_over": switch_over,
         }
         profile = load_profile(name, [f"{key}={value}" for key, value in settings.items()])
-        predicted, measured = plan(profile).predicted_peak_bytes, measure(profile).peak_bytes
+        predicted, measured = plan(profile).predicted_peak_bytes, measure(profile, seconds=0).peak_bytes
         ratio = predicted / measured
         worst = max(worst, abs(ratio - 1))
         form = "chunked" if length > switch_over else "attention"
