@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from engine.errors import UserError
 from engine.profile import Profile
 from engine.profile_files import with_override
+from engine.store import RunDirectory
 
 AMENDABLE = (
     "train.learning_rate",
@@ -43,6 +44,14 @@ class Amendments:
         self._profile, self._write = profile, write
         self._list = [Amendment(int(entry["from_step"]), entry["key"], entry["value"]) for entry in stored]
         self._known: dict[tuple[Amendment, ...], Profile] = {}
+
+    @classmethod
+    def of(cls, profile: Profile, run: RunDirectory | None) -> Self:
+        """Those in run.json, where new ones go too; without a run (a rank that only computes) in memory alone."""
+        if run is None:
+            return cls(profile, (), lambda entries: None)
+        stored = run.identity().get("amendments", ())
+        return cls(profile, stored, lambda entries: run.update_identity(amendments=entries))
 
     def at(self, step: int) -> Profile:
         """The profile as it is for `step`."""

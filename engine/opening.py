@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from engine.checkpoint import Checkpoint, choose_checkpoint, latest_intact, list_checkpoints
 from engine.environment import differences, environment
@@ -55,13 +55,9 @@ def check_identity(run: RunDirectory, data_digest: str, warn: Say) -> None:
         )
 
 
-def compare_ranks(ranks: Ranks, batch_size: int, digests: Sequence[tuple[str, str]]) -> None:
-    """Raises `UserError` where a batch cannot be shared, or the ranks' digests of something differ.
-
-    `digests` are pairs of a text that must be the same everywhere and what is wrong where it is not.
-    """
-    if batch_size % ranks.size:
-        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {ranks.size} ranks")
-    for digest, problem in digests:
-        if not ranks.same(digest):
-            raise UserError(problem)
+def compare_ranks(ranks: Ranks, data_digest: str, total_steps: int) -> None:
+    """Raises `UserError` where the ranks, each of which takes its share of the same batches, are not alike."""
+    if not ranks.same(data_digest):
+        raise UserError("the ranks do not have the same data; copy one machine's data to the others")
+    if not ranks.same(str(total_steps)):
+        raise UserError("the ranks do not train for the same number of steps; give all of them the same profile")

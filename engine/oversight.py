@@ -20,7 +20,7 @@ class Oversight:
 
     def __init__(self, settings: Settings, journal: Journal, news: Callable[[], list[Event]]) -> None:
         self._journal, self._news = journal, news
-        self.memory = MemoryGuard(settings.memory)
+        self._memory = MemoryGuard(settings.memory)
         self._machine = MachineGuard(settings.memory)
         self._leak = LeakGuard(settings.memory.leak_hours)
         self._began = time.time()
@@ -30,8 +30,12 @@ class Oversight:
         """Takes the time limits anew; hours count from the beginning of this attempt."""
         self._limits = TimeLimits(settings.stop_at, settings.max_hours, self._began)
 
-    def actions(self) -> Iterator[Action]:
-        """What is to be done now. Readings are stored on the way, and what was said without the journal too."""
+    def actions(self, held: bool) -> Iterator[Action]:
+        """What is to be done now; `held` says whether a guard still holds the run, which its owner may have overruled.
+
+        Readings are stored on the way, and so is what was said while the journal could not.
+        """
+        self._memory.holding = held
         for event in self._news():
             if isinstance(event, Reading):
                 self._journal.record_reading(event)
@@ -42,7 +46,7 @@ class Oversight:
             yield end
 
     def _judge(self, reading: Reading) -> Iterator[Action]:
-        if action := self.memory.judge(reading):
+        if action := self._memory.judge(reading):
             yield action
         if warning := self._leak.judge(reading):
             yield warning

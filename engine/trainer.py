@@ -7,15 +7,16 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 
 from engine.amendments import Amendments
 from engine.answers import Answers
+from engine.attending import Attendant
 from engine.backend import (
     clear_cache,
     compute_dtype,
@@ -39,9 +40,12 @@ from engine.opening import check_identity, compare_ranks, find_checkpoint, find_
 from engine.optimizer import learning_rate
 from engine.outcome import Outcome
 from engine.oversight import Oversight
+from engine.planner import plan, suggest
+from engine.planning.capacity import gigabytes
 from engine.profile import Profile
 from engine.ranks import RankLost, Ranks
 from engine.saving import Saver
+from engine.scoring import Scorer
 from engine.store import RunDirectory
 from engine.tasks import make_task
 from engine.update import Gradient, Update
@@ -50,8 +54,6 @@ from engine.vigil import Vigil
 from mlx.utils import tree_flatten
 
 _PACE_WINDOW_STEPS = 100
-CHAT_SHARE = 0.75
-"""Time for open chats, as a part of what the micro-batch before took: with the rest of a step, training keeps half."""
 
 
 @dataclass
@@ -84,7 +86,8 @@ class Trainer:
         vigil: Vigil,
         resume_from: str | None = None,
     ) -> None:
-        compare_ranks(ranks, profile.train.batch_size, ())
+        if profile.train.batch_size % ranks.size:
+            raise UserError(f"train.batch_size = {profile.train.batch_size} cannot be shared by {ranks.size} ranks")
         self._run, self._profile, self._ranks, self._journal, self._vigil = run, profile, ranks, journal, vigil
         if profile.guard.memory.limit_gb:
             limit_memory(int(profile.guard.memory.limit_gb * 1e9))
@@ -93,30 +96,20 @@ class Trainer:
             checkpoint = find_checkpoint(run, resume_from, self._tell, self._warn)
         self._task = make_task(profile, run.path.parent, checkpoint.path if checkpoint else None)
         self._total_steps = self._task.total_steps()
-        compare_ranks(
-            ranks,
-            profile.train.batch_size,
-            (
-                (self._task.data_digest, "the ranks do not have the same data; copy one machine's data to the others"),
-                (
-                    str(self._total_steps),
-                    "the ranks do not train for the same number of steps; give all of them the same profile",
-                ),
-            ),
-        )
+        compare_ranks(ranks, self._task.data_digest, self._total_steps)
         self._dtype = compute_dtype(profile.train.dtype)
         self._update = Update(self._task, profile.train, ranks, self._dtype, compiled=on_gpu())
         self._answers = Answers(self._task, journal.say, lambda: (self._update.parameters, self.progress.step))
         self._controls = Controls(inbox, self._answers.ask, self._answers.cancel)
+        self._attendant = Attendant(journal, self._controls, self._answers, vigil.hang, self._do_errands)
+        self._scorer = Scorer(self._task, self._update, journal, self._controls, self._attendant)
         self._saver = Saver(run, journal, self._task, self._update)
         self._divergence = DivergenceGuard(profile.guard.divergence)
         self._early_stopping = EarlyStopping(profile.guard.early_stopping)
         self._oversight = Oversight(profile.guard, journal, vigil.kept)
-        self._amendments = self._load_amendments()
+        self._amendments = Amendments.of(profile, run if ranks.chief else None)
         self.progress = Progress()
         self._val_loss: tuple[int, float] | None = None
-        self._validating = False
-        self._aside_seconds = self._paused_seconds = 0.0
         self._reported_at = time.monotonic()
         self._pace: deque[float] = deque(maxlen=_PACE_WINDOW_STEPS)
         if ranks.chief:
@@ -162,7 +155,7 @@ class Trainer:
 
     def _take_step(self) -> Outcome | None:
         step, started = self.progress.step + 1, time.monotonic()
-        self._aside_seconds = 0.0
+        self._attendant.aside_seconds = 0.0
         if not self._accumulate(step):
             return None
         gradient = self._update.collect()
@@ -200,7 +193,7 @@ class Trainer:
                     if self._ranks.size > 1:  # the others would wait for ever
                         raise
                     self._controls.end(outcome)
-            self._serve(time.monotonic() - busy)
+            self._attendant.serve(time.monotonic() - busy)
             if self._controls.ending and self._ranks.size == 1:
                 self._update.drop()  # done again, with the same numbers, when the run is resumed
                 return False
@@ -235,60 +228,17 @@ class Trainer:
         self._oversight.limit(self._settings.guard)
         self._tell(f"{setting.key} = {setting.value} from step {self.progress.step + 1:,} on")
 
-    def _try_to_amend(self, change: Any) -> None:
+    def _try_to_amend(self, change: Callable[[], None]) -> None:
         try:
             change()
         except UserError as error:
             self._warn(str(error))
 
-    def _load_amendments(self) -> Amendments:
-        if not self._ranks.chief:
-            return Amendments(self._profile, (), lambda entries: None)
-        stored = self._run.identity().get("amendments", ())
-        return Amendments(self._profile, stored, lambda entries: self._run.update_identity(amendments=entries))
-
-    # Between micro-batches: chats, commands, guards, pauses
-
-    def _serve(self, busy_seconds: float) -> None:
-        """Gives chats their share of the time, does what was asked or is needed, and waits while paused or held."""
-        self._vigil.hang.beat()
-        self._controls.listen()
-        self._answers.serve(CHAT_SHARE * busy_seconds)
-        self._do_errands()
-        self._oversee()
-        self._hold()
-
-    def _hold(self) -> None:
-        """Waits while paused or held; chats and errands are served meanwhile."""
-        if not self._controls.waits():
-            return
-        state, paused_at = self._journal.state, time.monotonic()
-        with self._aside():
-            self._journal.enter(State.PAUSED, self._controls.held)
-            self._vigil.hang.rest()
-            while self._controls.waits():
-                self._controls.listen(0.0 if self._answers else 0.5)
-                self._answers.serve(0.0)
-                self._do_errands()
-                self._oversee()
-            self._oversight.memory.holding = bool(self._controls.held)
-            self._vigil.hang.beat()
-            if not self._controls.ending:
-                self._journal.enter(state)
-        self._paused_seconds += time.monotonic() - paused_at
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Time inside is not the step's; what is nested counts once."""
-        before, started = self._aside_seconds, time.monotonic()
-        try:
-            yield
-        finally:
-            self._aside_seconds = before + time.monotonic() - started
+    # Between micro-batches: what was asked for, and what guards want
 
     def _do_errands(self) -> None:
         step = self.progress.step
-        if self._controls.validation_asked() and not self._validating:
+        if self._controls.validation_asked() and not self._scorer.busy:
             if self._val_loss and self._val_loss[0] == step:
                 self._tell(f"step {step} has been validated already")
             self._validate()
@@ -297,10 +247,8 @@ class Trainer:
                 self._tell(f"step {step} has been saved already")
             self._checkpoint()
         for setting in self._controls.settings_asked():
-            self._try_to_amend(lambda setting=setting: self._amend(setting))
-
-    def _oversee(self) -> None:
-        for action in self._oversight.actions():
+            self._try_to_amend(partial(self._amend, setting))
+        for action in self._oversight.actions(held=bool(self._controls.held)):
             self._carry_out(action)
 
     def _carry_out(self, action: Action) -> None:
@@ -373,7 +321,7 @@ class Trainer:
             return None
         return Outcome(
             State.STOPPED,
-            f"out of memory with the smallest micro-batch ({words}); {_less_memory(self._profile)}",
+            f"out of memory with the smallest micro-batch ({words}); {_less_memory(self._settings)}",
             ExitCode.MEMORY,
         )
 
@@ -387,9 +335,9 @@ class Trainer:
 
     def _report(self, gradient: Gradient, rate: float, step_seconds: float) -> None:
         now, progress = time.monotonic(), self.progress
-        seconds = max(step_seconds - self._aside_seconds, 1e-9)
-        self._pace.append(now - self._reported_at - self._paused_seconds)  # with validations and checkpoints
-        self._reported_at, self._paused_seconds = now, 0.0
+        seconds = max(step_seconds - self._attendant.aside_seconds, 1e-9)
+        self._pace.append(now - self._reported_at - self._attendant.paused_seconds())  # with validations, checkpoints
+        self._reported_at = now
         self._vigil.hang.beat(seconds)
         progress.elapsed_seconds += seconds
         progress.loss_sum, progress.loss_steps = progress.loss_sum + gradient.loss, progress.loss_steps + 1
@@ -422,8 +370,8 @@ class Trainer:
         step, progress = self.progress.step, self.progress
         if self._val_loss and self._val_loss[0] == step:
             return
-        with self._aside():
-            metrics = self._heldout_metrics()
+        with self._attendant.aside():
+            metrics = self._scorer.measure(self._micro_batch_size, self._heldout_examples)
             if metrics is None:
                 return
             loss = metrics["val_loss"]
@@ -440,29 +388,6 @@ class Trainer:
                 self._checkpoint()  # the best is always kept
             for action in actions:
                 self._carry_out(action)
-
-    def _heldout_metrics(self) -> Mapping[str, float] | None:
-        """None when it was stopped. Chats are served and pauses kept between micro-batches, as in training."""
-        state, loss_sum, tokens = self._journal.state, 0.0, 0
-        self._journal.enter(State.VALIDATING)
-        self._validating = True
-        try:
-            for batch in self._task.heldout(self._micro_batch_size, self._heldout_examples):
-                busy = time.monotonic()
-                loss_sum += self._update.loss(batch)
-                tokens += batch.tokens
-                self._vigil.hang.beat()
-                self._controls.listen()
-                self._answers.serve(CHAT_SHARE * (time.monotonic() - busy))
-                self._oversee()
-                if state is not State.PAUSED:  # what was asked for in a pause is done in it
-                    self._hold()
-                if self._controls.ending:
-                    return None
-        finally:
-            self._validating = False
-        self._journal.enter(state)
-        return self._task.heldout_metrics(loss_sum, tokens)
 
     @property
     def _heldout_examples(self) -> int | None:
@@ -481,7 +406,7 @@ class Trainer:
             "micro_batch_size": self._micro_batch_size,
             "val_loss": val_loss if val_loss is None or math.isfinite(val_loss) else None,
         }
-        with self._aside():
+        with self._attendant.aside():
             return self._saver.save(step, self._settings.checkpoint.keep, state)
 
     # Opening and closing
@@ -543,9 +468,12 @@ class Trainer:
 
 
 def _less_memory(profile: Profile) -> str:
-    if not profile.train.gradient_checkpointing:
-        return "train.gradient_checkpointing=true takes less"
-    return f"a train.sequence_length below {profile.train.sequence_length} takes less"
+    """What would take a tenth less of MLX's memory at least, as the plan says; in words."""
+    now = plan(profile)
+    nearest = suggest(profile, limit_bytes=now.need_bytes - now.predicted_peak_bytes // 10)
+    if not nearest:
+        return "it needs a smaller model, or a larger machine"
+    return " or ".join(f"{', '.join(it.settings)} would need {gigabytes(it.saving_bytes)} less" for it in nearest)
 
 
 def _is_due(step: int, every: int) -> bool:
