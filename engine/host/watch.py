@@ -49,5 +49,6 @@ class Watch:
                 self._take(reading)
             except Exception:
                 traceback.print_exc()
-            # After a system's sleep what was missed is not made up for.
-            due = max(due + self._every, time.monotonic())
+            due += self._every
+            if due <= time.monotonic():  # what was missed, in a system's sleep say, is not made up for
+                due = time.monotonic() + self._every
