@@ -44,6 +44,8 @@ class RunLock:
 
 
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+DAMAGED = "damaged"
+"""The state of a run whose files cannot be read."""
 _NAME = re.compile(r"[^\s/\\\x00-\x1f.][^/\\\x00-\x1f]{0,99}")
 
 
@@ -94,9 +96,30 @@ def find_run(folder: Path, name_or_path: str) -> RunDirectory:
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """All readable runs of a folder, the most recently written first."""
+    """All runs of a folder, the most recently written first. One that cannot be read is listed as `DAMAGED`."""
     summaries = []
     for path in folder.glob("[!.]*"):
-        with contextlib.suppress(UserError, KeyError, TypeError, ValueError, OSError):
-            summaries.append(RunDirectory(path).summary())
+        run = RunDirectory(path)
+        try:
+            summaries.append(run.summary())
+        except (UserError, KeyError, TypeError, ValueError, OSError):
+            with contextlib.suppress(OSError):
+                if run.identity_path.exists() or run.database_path.exists():
+                    summaries.append(_damaged(run))
     return sorted(summaries, key=lambda summary: summary.updated, reverse=True)
+
+
+def _damaged(run: RunDirectory) -> RunSummary:
+    return RunSummary(
+        name=run.name,
+        path=run.path,
+        kind="?",
+        profile="?",
+        state=DAMAGED,
+        step=0,
+        total_steps=0,
+        loss=None,
+        val_loss=None,
+        updated=run.path.stat().st_mtime,
+        live=run.is_live(),
+    )

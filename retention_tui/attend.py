@@ -18,6 +18,7 @@ from retention_tui import headless
 from retention_tui.background import Background
 from retention_tui.remote import RemoteClient
 from retention_tui.session import Session
+from retention_tui.visits import remember_look
 
 _RANK_PATIENCE_SECONDS = 10
 
@@ -52,6 +53,9 @@ def show(session: Session, watched: RemoteClient | None = None) -> int:
             app = RetentionApp(session, watched or session.client, terminal.driver_class)
             choice = app.run()
             failed = bool(app.return_code)
+            if choice is None and not failed:  # somebody was here and left; what comes now is news to them
+                shown = watched or session.client
+                remember_look(session.runs_folder, shown.run.name if shown is not None else None)
         except Exception:
             traceback.print_exc()
             failed = True

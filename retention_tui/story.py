@@ -31,7 +31,7 @@ class News:
 def while_away(runs_folder: Path) -> list[News]:
     """What happened to the runs of a folder since somebody last looked, the newest first. Reads the disk."""
     since, news = last_look(runs_folder), []
-    for path in runs_folder.iterdir() if runs_folder.is_dir() else ():
+    for path in runs_folder.glob("[!.]*"):
         run = RunDirectory(path)
         try:
             if _last_written(run) > since and (told := befallen(report(run), last_look(runs_folder, run.name))):
@@ -44,32 +44,36 @@ def while_away(runs_folder: Path) -> list[News]:
 def befallen(story: Report, since: float, now: float | None = None) -> News | None:
     """What happened to one run since a moment, in one line; None for nothing."""
     alarms = [alarm for alarm in story.alarms if alarm.time > since and alarm.text not in story.reason]
-    words, weight, moment = "", Weight.GOOD, 0.0
+    parts, weight, moment = [], Weight.GOOD, 0.0
     if story.stretches and story.stretches[-1].over and (story.last_sign or 0.0) > since:
         moment = story.last_sign or 0.0
-        words, weight = _end(story, wording.clock(moment, now=now))
+        words, weight = _end(story)
+        parts.append(words)
     if alarms:
         newest = alarms[-1]
-        moment = max(moment, newest.time)
         weight = weight if weight is Weight.CRITICAL else Weight.WARNING
-        clock = wording.clock(newest.time, now=now)
-        told = f"at {clock}" if len(alarms) == 1 else f"{len(alarms)} alarms, the last at {clock}"
-        words = f"{words or story.name}; {told}: {newest.text}" if words else f"{story.name}, {told}: {newest.text}"
-    return News(moment, weight, wording.printable(" ".join(words.split()))) if words else None
+        count = f"raised {len(alarms)} alarms, the last" if len(alarms) > 1 else "raised an alarm"
+        parts.append(
+            f"{count} at {wording.clock(newest.time, now=now)}: {newest.text}" if parts else f"{count}: {newest.text}"
+        )
+        moment = moment or newest.time
+    if not parts:
+        return None
+    return News(moment, weight, wording.printable(" ".join(f"{story.name} {', '.join(parts)}".split())))
 
 
-def _end(story: Report, clock: str) -> tuple[str, Weight]:
+def _end(story: Report) -> tuple[str, Weight]:
     match story.state:
         case State.FINISHED:
             best = story.best_val_loss if story.best_val_loss is not None else story.val_loss
             score = f" (held-out {wording.number(best)})" if best is not None else ""
-            return f"{story.name} finished at {clock}{score}", Weight.GOOD
+            return f"finished{score}", Weight.GOOD
         case State.STOPPED:
-            return f"{story.name} stopped at {clock}: {story.reason}", Weight.PLAIN
+            return f"stopped: {story.reason}", Weight.PLAIN
         case State.FAILED:
-            return f"{story.name} failed at {clock}: {story.reason}", Weight.CRITICAL
+            return f"failed: {story.reason}", Weight.CRITICAL
         case _:
-            return f"{story.name} broke off at {clock}, at step {story.step:,}: it can be resumed", Weight.CRITICAL
+            return f"broke off at step {story.step:,}: it can be resumed", Weight.CRITICAL
 
 
 def page(story: Report) -> list[str]:

@@ -145,19 +145,19 @@ class TestWhileAway:
     @pytest.mark.parametrize(
         ("since", "said"),
         [
-            (0.5, "night finished at {end} (held-out 3.250); at {alarm}: pressure was yellow: micro-batch 4 → 2"),
-            (1.15, "night finished at {end} (held-out 3.250)"),
+            (
+                0.5,
+                "night finished (held-out 3.250), raised an alarm at {alarm}: pressure was yellow: micro-batch 4 → 2",
+            ),
+            (1.15, "night finished (held-out 3.250)"),
         ],
     )
     def test_what_is_told_is_what_came_since(self, eventful: RunDirectory, since: float, said: str) -> None:
         story = report(eventful)
         news = befallen(story, at(since))
         assert news is not None
-        clocks = {
-            "end": time.strftime("%H:%M", time.localtime(at(7))),
-            "alarm": time.strftime("%H:%M", time.localtime(at(1.1))),
-        }
-        assert news.text == said.format(**clocks)
+        assert news.text == said.format(alarm=time.strftime("%H:%M", time.localtime(at(1.1))))
+        assert news.time == at(7)
 
     def test_nothing_that_happened_says_nothing(self, eventful: RunDirectory) -> None:
         assert befallen(report(eventful), time.time() + 1) is None
@@ -165,9 +165,9 @@ class TestWhileAway:
     @pytest.mark.parametrize(
         ("state", "words", "weight"),
         [
-            (State.STOPPED, "stopped at", Weight.PLAIN),
-            (State.FAILED, "failed at", Weight.CRITICAL),
-            (None, "broke off at", Weight.CRITICAL),
+            (State.STOPPED, "stopped: memory", Weight.PLAIN),
+            (State.FAILED, "failed: memory", Weight.CRITICAL),
+            (None, "broke off at step 3", Weight.CRITICAL),
         ],
     )
     def test_every_end_is_told(self, tmp_path: Path, state: State | None, words: str, weight: Weight) -> None:

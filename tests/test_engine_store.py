@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.runs import RunLock, create_run, list_runs
+from engine.runs import DAMAGED, RunLock, create_run, list_runs
 from engine.store import SCHEMA_VERSION, RunDirectory, StoreWriter
 
 IDENTITY = {"profile": {"kind": "retention-lm"}}
@@ -90,7 +90,9 @@ def test_unreadable_runs_do_not_hide_the_others(run: RunDirectory, tmp_path: Pat
         database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     (tmp_path / "no run").mkdir()
     (tmp_path / "file").write_text("")
-    assert [summary.name for summary in list_runs(tmp_path)] == ["tiny"]
+    listed = list_runs(tmp_path)
+    assert [summary.name for summary in listed if summary.state != DAMAGED] == ["tiny"]
+    assert {summary.name for summary in listed if summary.state == DAMAGED} == broken.keys()
     for name in ("garbage", "folder", "newer"):
         with pytest.raises(UserError, match=r"run\.sqlite"):
             broken[name].attempts()

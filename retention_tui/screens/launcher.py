@@ -11,12 +11,13 @@ from itertools import groupby
 from typing import ClassVar, cast
 
 import psutil
+from rich.cells import cell_len
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.content import Content
-from textual.events import Click
+from textual.events import Click, Resize
 from textual.screen import Screen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
@@ -26,7 +27,7 @@ from engine.errors import UserError
 from engine.events import State
 from engine.profile import Profile
 from engine.profile_files import ProfileFile, list_profiles, load_profile
-from engine.runs import list_runs
+from engine.runs import DAMAGED, list_runs
 from engine.store import RunDirectory, RunSummary
 from retention_tui import wording
 from retention_tui.background import Background
@@ -34,10 +35,13 @@ from retention_tui.client import Client
 from retention_tui.foresight import ask_for_plan
 from retention_tui.history import Series
 from retention_tui.plan_view import Table
+from retention_tui.progress import Weight
 from retention_tui.remote import RemoteClient
 from retention_tui.screens.help import Help
 from retention_tui.screens.run import RunScreen
 from retention_tui.session import Session
+from retention_tui.story import News, while_away
+from retention_tui.visits import remember_look
 from retention_tui.widgets.details import CURVES, Details, state_colour
 from retention_tui.widgets.header import FAINT
 from retention_tui.widgets.keybar import KeyBar
@@ -47,10 +51,21 @@ _PLAN_AFTER_SECONDS = 0.4
 
 KINDS = {"retention-lm": "language models"}
 """What the kinds of runs are called in the list; an unknown one is called what it is."""
+REFRESH_SECONDS = 3.0
+NEWS_COLOURS = {
+    Weight.PLAIN: "$foreground",
+    Weight.GOOD: "$foreground",
+    Weight.WARNING: "$warning",
+    Weight.CRITICAL: "$error",
+}
+_BESIDE_NAME, _LOSS_WIDTH, _SHORTEST_NAME = 9, 7, 8
+CHOOSE = "Start it, resume it, or watch it"
 
 
 class Choices(OptionList):
     """A click shows what it hits; only Enter and a double click choose it, as training is no small thing to start."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Choose", key_display="Enter", tooltip=CHOOSE)]
 
     async def on_click(self, event: Click) -> None:
         event.prevent_default()
@@ -71,11 +86,12 @@ class Launcher(Screen[None]):
             "Start ",
             key_display="Enter",
             id="choose",
-            tooltip="Start it, resume it, or watch it",
+            tooltip=CHOOSE,
         ),
         Binding("b", "background", "Background", id="background", tooltip="Start or resume it in a process of its own"),
         Binding("m", "measure", "Measure", id="measure", tooltip="Take real steps of the profile, for its plan"),
         Binding("r", "refresh", "Refresh", id="refresh", tooltip="Read profiles and runs again"),
+        Binding("escape", "dismiss_news", "Dismiss", show=False, key_display="Esc", tooltip="Dismiss what happened"),
         Binding("slash", "app.command_palette", "Commands", key_display="/", id="commands", tooltip="All commands"),
         Binding("question_mark", "help", "Help", key_display="?", id="help", tooltip="What the keys do"),
         Binding("q", "quit", "Quit", id="quit", tooltip="Leave the app"),
@@ -87,6 +103,9 @@ class Launcher(Screen[None]):
         self._profiles: dict[str, ProfileFile] = {}
         self._runs: dict[str, RunSummary] = {}
         self._plans: dict[str, Table] = {}
+        self._order: list[str] = []
+        self._detailed = ""
+        self._news: list[News] = []
         self._busy = self._quitting = False
 
     def compose(self) -> ComposeResult:
@@ -96,45 +115,129 @@ class Launcher(Screen[None]):
         with Horizontal(id="body"):
             yield Choices(id="choices", markup=False)
             yield Details()
+        yield Static(id="news")
         yield Static(id="said")
         yield KeyBar(cast(list[Binding], self.BINDINGS))
 
     def on_mount(self) -> None:
         self.query_one("#choices").border_title = Content.styled("profiles and runs", "bold")
+        self.query_one("#news").display = False
+        self.set_interval(REFRESH_SECONDS, self._refresh_if_shown)
         self.action_refresh()
+        self._read_news()
+
+    def on_resize(self, _: Resize) -> None:
+        self.call_after_refresh(self._show_choices)
+        self._write_news()
 
     # What there is, read in threads
 
-    @work(thread=True, exclusive=True, group="lists", exit_on_error=False)
+    def _refresh_if_shown(self) -> None:
+        if self.is_current and not self._busy:
+            self._read_lists()
+
     def action_refresh(self) -> None:
+        """Reads all again; the runs are ordered anew."""
+        self._order, self._detailed = [], ""
         self._plans.clear()  # a run may have shown how long its steps take
+        self._read_lists()
+
+    @work(thread=True, exclusive=True, group="lists", exit_on_error=False)
+    def _read_lists(self) -> None:
         profiles, runs = list_profiles(), list_runs(self._session.runs_folder)
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._show_lists, profiles, runs)
 
     def _show_lists(self, profiles: list[ProfileFile], runs: list[RunSummary]) -> None:
+        """Takes the lists; where nothing has changed, nothing is drawn. Runs keep their places, new ones come first."""
+        place = {name: index for index, name in enumerate(self._order)}
+        runs = sorted(runs, key=lambda run: place.get(run.name, -1))
+        before, self._order = self._runs, [run.name for run in runs]
         self._profiles = {f"profile:{profile.name}": profile for profile in profiles}
         self._runs = {f"run:{run.name}": run for run in runs}
+        self._show_choices()
+        name = self._highlighted
+        if not self._detailed or (name in before and self._runs.get(name) != before[name]):
+            self._detail(name)
+
+    def _show_choices(self) -> None:
+        """Writes the list, with the highlight where it was."""
+        if not self._profiles:  # not yet read
+            return
         choices = self.query_one("#choices", OptionList)
-        highlighted = choices.highlighted_option.id if choices.highlighted_option else "profile:demo"
-        options = [*_profile_options(profiles), *_run_options(runs)]
-        choices.clear_options().add_options(options)
+        highlighted = self._highlighted or "profile:demo"
+        width = choices.scrollable_content_region.width
+        options = [*_profile_options(list(self._profiles.values())), *_run_options(list(self._runs.values()), width)]
         ids = [option.id for option in options]
+        if ids == [option.id for option in choices.options]:
+            for index, (old, new) in enumerate(zip(choices.options, options, strict=True)):
+                if old.prompt != new.prompt:
+                    choices.replace_option_prompt_at_index(index, new.prompt)
+            return
+        choices.clear_options().add_options(options)
         choices.highlighted = ids.index(highlighted) if highlighted in ids else next(
             (index for index, option in enumerate(options) if not option.disabled), None
         )  # fmt: skip
 
+    # What happened while nobody was here
+
+    @work(thread=True, group="news", exit_on_error=False)
+    def _read_news(self) -> None:
+        news = while_away(self._session.runs_folder)
+        if news and not get_current_worker().is_cancelled:
+            self.app.call_from_thread(self._show_news, news)
+
+    def _show_news(self, news: list[News]) -> None:
+        self._news = news
+        self.query_one("#news").display = True
+        self._write_news()
+
+    def _write_news(self) -> None:
+        """A heading, and a line for each of as many runs as there is room for, the newest first."""
+        width, room = self.size.width - 4, min(4, max(1, self.size.height // 8))
+        shown = self._news[: room - (len(self._news) > room)]
+        clocks = [wording.clock(item.time) for item in shown]
+        column = max((len(clock) for clock in clocks), default=0)
+        lines = [
+            Content.assemble((f"{clock:>{column}}  ", FAINT), (item.text, NEWS_COLOURS[item.weight]))
+            for clock, item in zip(clocks, shown, strict=True)
+        ]
+        if len(shown) < len(self._news):
+            lines.append(Content.styled(f"and {len(self._news) - len(shown)} more runs", FAINT))
+        hint = Content.assemble(("Esc", "bold $primary"), (" dismiss", FAINT))
+        heading = Content.styled("While you were away", "bold")
+        lines.insert(0, heading + " " * max(1, width - heading.cell_length - hint.cell_length) + hint)
+        text = Content("\n").join(line.truncate(max(1, width), ellipsis=True) for line in lines)
+        self.query_one("#news", Static).update(text)
+
+    def action_dismiss_news(self) -> None:
+        if self.query_one("#news").display:
+            self.query_one("#news").display = False
+            self._remember()
+
+    @work(thread=True, group="news", exit_on_error=False)
+    def _remember(self) -> None:
+        remember_look(self._session.runs_folder)
+
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         event.stop()
-        self._say("")
-        details, name = self.query_one(Details), event.option_id or ""
+        if event.option_id != self._detailed:  # else the list was only written again
+            self._say("")
+            self._detail(event.option_id or "")
+
+    def _detail(self, name: str) -> None:
+        """Tells of a profile or run; of the one that is shown already, only what is new."""
+        details, again = self.query_one(Details), name == self._detailed
+        self._detailed = name
         if profile := self._profiles.get(name):
-            details.show_profile(profile.name, profile.description, None)
-            details.show_plan(self._plans.get(profile.name))
+            if not again:
+                details.show_profile(profile.name, profile.description, None)
+                details.show_plan(self._plans.get(profile.name))
             self._name_choice("Start ")
             self._read_profile(profile)
         elif run := self._runs.get(name):
-            details.show_run(run, "", None)
+            if not again:
+                details.show_run(run, "", None)
             self._name_choice("Watch " if _trains(run) else "Resume")
             self._read_run(run)
 
@@ -182,6 +285,8 @@ class Launcher(Screen[None]):
     def _read_run(self, run: RunSummary) -> None:
         directory = RunDirectory(run.path)
         try:
+            if run.state == DAMAGED:
+                directory.summary()  # says what is wrong
             attempts = directory.attempts()
             series = {name: Series.of(*directory.curve(name)) for name in CURVES}
         except UserError as error:
@@ -296,7 +401,7 @@ class Launcher(Screen[None]):
 
 def _trains(run: RunSummary) -> bool:
     """Whether another process is at it."""
-    return run.live and not State(run.state).final
+    return run.live and run.state != DAMAGED and not State(run.state).final
 
 
 def _profile_options(profiles: list[ProfileFile]) -> list[Option]:
@@ -312,14 +417,18 @@ def _profile_options(profiles: list[ProfileFile]) -> list[Option]:
     return options
 
 
-def _run_options(runs: list[RunSummary]) -> list[Option]:
+def _run_options(runs: list[RunSummary], width: int) -> list[Option]:
+    """A line for each run, of this width: of a long name only as much as there is room for."""
     options = [_heading("runs")]
-    width = max((len(run.name) for run in runs), default=0)
+    longest = max((cell_len(run.name) for run in runs), default=0)
+    with_loss = longest <= width - _BESIDE_NAME - _LOSS_WIDTH
+    room = min(longest, max(_SHORTEST_NAME, width - _BESIDE_NAME - (_LOSS_WIDTH if with_loss else 0)))
     for run in runs:
+        name = Content(run.name).truncate(room, ellipsis=True)
         done = f"{int(100 * run.step / run.total_steps):>3} %" if run.total_steps else "    –"
-        line = Content.assemble(("● ", state_colour(run.state)), f"{run.name:<{width}}", (f"  {done}", FAINT))
-        loss = Content.styled(f"  {wording.number(run.loss)}", FAINT)
-        options.append(Option(line + loss, id=f"run:{run.name}"))
+        line = Content.assemble(("● ", state_colour(run.state)), name, " " * (room - name.cell_length))
+        line += Content.styled(f"  {done}" + (f"  {wording.number(run.loss)}" if with_loss else ""), FAINT)
+        options.append(Option(line, id=f"run:{run.name}"))
     return options if runs else [*options, Option(Content.styled("  none yet", FAINT), disabled=True)]
 
 

@@ -11,6 +11,7 @@ from textual.widgets import Static
 
 from engine.events import State
 from engine.profile import Profile
+from engine.runs import DAMAGED
 from engine.store import RunSummary
 from retention_tui import wording
 from retention_tui.client import INTERRUPTED
@@ -89,7 +90,7 @@ class Details(Vertical):
 
 def state_colour(state: str) -> str:
     """The colour of a stored run's state."""
-    return "$warning" if state == INTERRUPTED else STATE_COLOURS[State(state)]
+    return {INTERRUPTED: "$warning", DAMAGED: "$error"}.get(state) or STATE_COLOURS[State(state)]
 
 
 def _profile_facts(profile: Profile) -> list[Fact]:
