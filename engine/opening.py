@@ -7,6 +7,7 @@ from collections.abc import Callable
 from engine.checkpoint import Checkpoint, choose_checkpoint, latest_intact, list_checkpoints
 from engine.environment import differences, environment
 from engine.errors import UserError
+from engine.events import State
 from engine.ranks import Ranks
 from engine.store import RunDirectory
 
@@ -21,6 +22,9 @@ def find_checkpoint(run: RunDirectory, which: str, tell: Say, warn: Say) -> Chec
 
     Raises `UserError` where none is intact, or the one asked for does not exist.
     """
+    attempts, ends = run.attempts(), [state for state in State if state.final]
+    if attempts and attempts[-1].state not in ends:
+        tell("the attempt before was cut off without a word: it was killed, or power was lost")
     if which != "latest":
         return choose_checkpoint(run, which)
     checkpoints = list_checkpoints(run)
