@@ -15,10 +15,11 @@ from textual.worker import get_current_worker
 
 from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
 from engine.errors import UserError
-from engine.events import Alarm, AnswerEnded, AnswerText, Event, RunEnded, RunOpened, State, StepCompleted
+from engine.events import Alarm, AnswerEnded, AnswerText, Event, Reading, RunEnded, RunOpened, State, StepCompleted
 from retention_tui.client import Client, ConnectionLost
 from retention_tui.foresight import ask_for_plan
 from retention_tui.history import Series
+from retention_tui.marks import Mark, load_marks
 from retention_tui.progress import Entry, Progress, empty_history, load_entries, load_history
 from retention_tui.screens.help import Help
 from retention_tui.screens.quit import QuitQuestion, StopQuestion
@@ -114,7 +115,7 @@ class RunScreen(Screen[None]):
                 self._apply(event)
         if any(isinstance(event, AnswerText | AnswerEnded) for event in events):
             self.query_one(Chat).show_answers()
-        if any(not isinstance(event, StepCompleted | AnswerText) for event in events):
+        if any(not isinstance(event, StepCompleted | AnswerText | Reading) for event in events):
             self._show_all()
 
     def _show_all(self) -> None:
@@ -150,19 +151,22 @@ class RunScreen(Screen[None]):
         worker = get_current_worker()
         history: dict[str, Series] = empty_history()
         entries: list[Entry] = []
+        marks: list[Mark] = []
         try:
             history = load_history(self._client.run)
             if not self._past_shown:
                 entries = load_entries(self._client.run, self._progress.began)
+                marks = load_marks(self._client.run, self._progress.began)
         except Exception as error:  # a damaged file costs the past, not the screen
             self.app.call_from_thread(self._progress.note, f"earlier steps cannot be shown: {error}")
         if not worker.is_cancelled:
-            self.app.call_from_thread(self._show_past, history, entries)
+            self.app.call_from_thread(self._show_past, history, entries, marks)
 
-    def _show_past(self, history: dict[str, Series], entries: list[Entry]) -> None:
+    def _show_past(self, history: dict[str, Series], entries: list[Entry], marks: list[Mark]) -> None:
         self._past_shown = True
         self._progress.adopt_history(history)
         self._progress.adopt_entries(entries)
+        self._progress.adopt_marks(marks)
         self.query_one(EventLog).rewrite()
 
     @work(thread=True, group="plan", exit_on_error=False)
