@@ -28,10 +28,10 @@ from typing import Any
 from engine.commands import CancelGeneration, Command, Generate
 from engine.control_socket import address_path, bind, peer_uid, remove_stale_socket
 from engine.durable import write_json
-from engine.events import Event, RunEnded, to_json
+from engine.events import Event, RunEnded
 from engine.store import RunDirectory
 from engine.watchers import Present, Watcher
-from engine.wire import LONGEST_COMMAND_BYTES, PROTOCOL, WireError, parse, read_command
+from engine.wire import LONGEST_COMMAND_BYTES, PROTOCOL, WireError, event_to_line, parse, read_command
 from engine.worker import Mailbox
 
 WATCHERS = 32
@@ -139,7 +139,7 @@ class ControlServer:
             self._present.take(event)
             self._over = self._over or isinstance(event, RunEnded)
             if self._watchers:
-                line = _line(event)
+                line = event_to_line(event)
                 for watcher in self._watchers:
                     watcher.put(event, line)
         for watcher in tuple(self._watchers):
@@ -220,7 +220,7 @@ class ControlServer:
         watcher.welcome = True
         watcher.say(about)
         for event in past:
-            watcher.put(event, _line(event))
+            watcher.put(event, event_to_line(event))
         self._flush(watcher)
 
     def _refuse(self, watcher: Watcher, reason: str, leave: bool = False) -> None:
@@ -288,10 +288,6 @@ def _read_hello(message: dict[str, Any]) -> bool:
     if version != PROTOCOL:
         raise WireError(f"this run speaks protocol {PROTOCOL}, not {version}: watch it with the release that trains it")
     return looks_only
-
-
-def _line(event: Event) -> bytes:
-    return to_json(event).encode("utf-8", "replace") + b"\n"
 
 
 def _drain(connection: socket.socket) -> bool:

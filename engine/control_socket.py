@@ -103,7 +103,8 @@ class Connection:
         self._socket.settimeout(_PATIENCE_SECONDS)
         try:
             self._socket.connect(str(address.path))
-            self._socket.sendall(json.dumps({"hello": PROTOCOL, "looks_only": looks_only}).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # shown out already: why is there to be read
+                self._socket.sendall(json.dumps({"hello": PROTOCOL, "looks_only": looks_only}).encode() + b"\n")
             while not self._ahead:
                 self._ahead = self._receive()
             welcome, *self._ahead = self._ahead

@@ -20,7 +20,7 @@ from typing import Any
 
 from engine import events
 from engine.commands import Command, Generate
-from engine.events import Event, plain
+from engine.events import Event, plain, to_json
 
 PROTOCOL = 1
 """Both sides name it first; another one is refused in words."""
@@ -65,6 +65,11 @@ def command_to_json(command: Command) -> str:
     """One line of JSON with a key `command` naming the kind."""
     fields = plain(dataclasses.asdict(command))
     return json.dumps({"command": _NAMES[type(command)], **fields}, ensure_ascii=True, allow_nan=False)
+
+
+def event_to_line(event: Event) -> bytes:
+    """One line of `engine.events.to_json`, with its end."""
+    return to_json(event).encode("utf-8", "replace") + b"\n"
 
 
 def read_command(message: Mapping[str, Any]) -> Command:
