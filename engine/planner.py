@@ -116,8 +116,7 @@ def plan(
     """The plan of a profile on this machine, or on one that is given.
 
     `runs_folder` is where earlier runs are looked for, to say how long it will take; `except_run` is the one that the
-    plan is for. `limit_bytes` stands for what the
-    process may use, instead of this machine's memory.
+    plan is for. `limit_bytes` stands for what the process may use, instead of this machine's memory.
     """
     setting = setting or this_setting(profile)
     if limit_bytes is not None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.amendments import Amendments
 from engine.errors import UserError
 from engine.events import plain
 from engine.profile import Profile
@@ -151,10 +152,12 @@ def _row(name: str, size: int, measured: int | None) -> str:
 
 
 def _profile(name: str, overrides: Sequence[str]) -> tuple[Profile, str | None]:
-    """A profile, or that of a run and the run's name."""
+    """A profile, or that of a run, as it is now, and the run's name."""
     if not (Path(name) / "run.json").is_file():
         return load_profile(name, overrides), None
     if overrides:
         raise UserError("--set is for profiles; a run is planned as it is")
     run = RunDirectory(Path(name).resolve())
-    return validate_profile(run.identity()["profile"], where=str(run.identity_path)), run.name
+    begun = validate_profile(run.identity()["profile"], where=str(run.identity_path))
+    last = run.last("loss")
+    return Amendments.of(begun, run).at((last[0] if last else 0) + 1), run.name

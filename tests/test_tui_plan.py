@@ -145,6 +145,18 @@ async def test_a_run_shows_its_plan_beside_what_it_has_taken(session: Session, t
         await until(pilot, lambda: "MLX's peak" not in seen(app))
 
 
+def test_a_run_is_planned_as_it_is_now(session: Session, tiny: Path) -> None:
+    client = session.start(str(tiny), ["train.steps=2"], name="night")
+    assert session.finish() == 0
+    shrunk = [
+        {"from_step": step, "key": "train.micro_batch_size", "value": size} for step, size in ((1, "2"), (9, "1"))
+    ]
+    client.run.update_identity(amendments=shrunk)
+    done = retention_tui("plan", client.run.path, "--json")
+    table = json.loads(done.stdout)
+    assert (table["micro_batch_size"], table["accumulation"]) == (2, 4)
+
+
 def timing(**known: Any) -> dict[str, Any]:
     unknown = {"steps": 468, "seconds": None, "ends": None, "limit": "", "steps_within_limit": None, "samples": 9}
     return {"seconds_a_step": None, "source": "unknown", **unknown, **known}

@@ -50,10 +50,11 @@ class Capacity:
 
 
 def this_capacity() -> Capacity:
-    """Looks at this machine; takes milliseconds."""
-    reading = this_machine().read()
+    """Looks at this machine; takes milliseconds, or a second where a program has to be asked."""
     info = mx.device_info() if on_gpu() else {}
     recommended = info.get("max_recommended_working_set_size")
+    ask = on_gpu() and recommended is None  # an NVIDIA GPU's memory may have to be asked of a program
+    reading = this_machine(patient=ask).read()
     device = recommended or reading.gpu_limit_bytes or info.get("total_memory")
     return Capacity(
         limit_bytes=reading.limit_bytes,
