@@ -220,16 +220,25 @@ def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 def prune_checkpoints(run: RunDirectory, keep: int) -> None:
     """Of the current line the `keep` newest checkpoints and the best stay. All others are deleted.
 
-    So are those that no command can reach, as a later attempt left them behind, and what a killed writer left.
+    So are those that no command can reach, as a later attempt left them behind, and what a killed writer left. Of the
+    line, one whose state cannot be read is neither counted nor deleted: it may be the best.
     Raises `UserError` where the store, which knows the line, cannot be read.
     """
-    checkpoints = list_checkpoints(run)
-    stay = {*checkpoints[-keep:], best_checkpoint(checkpoints)}
+    line = list_checkpoints(run)
+    readable = [checkpoint for checkpoint in line if _is_readable(checkpoint)]
+    stay = {*readable[-keep:], best_checkpoint(readable), *set(line).difference(readable)}
     for checkpoint in _folders(run):
         if checkpoint not in stay:
             with contextlib.suppress(OSError):
                 _put_aside(checkpoint.path)
     _remove_leftovers(run)
+
+
+def _is_readable(checkpoint: Checkpoint) -> bool:
+    with contextlib.suppress(UserError):
+        checkpoint.state()
+        return True
+    return False
 
 
 def _holds(folder: Path, checksums: Mapping[str, str]) -> bool:

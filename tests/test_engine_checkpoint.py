@@ -182,3 +182,21 @@ def test_a_folder_that_is_gone_is_not_made_again(run: RunDirectory) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         save(run, 4)
     assert not run.path.exists()
+
+
+def test_what_cannot_be_read_is_not_deleted(run: RunDirectory) -> None:
+    """It may have been the best, and be read again tomorrow."""
+    best = save(run, 2, val_loss=1.0)
+    for step in (4, 6):
+        save(run, step, val_loss=2.0)
+    unreadable = save(run, 8, val_loss=2.0)
+    states = {checkpoint: (checkpoint.path / "state.json") for checkpoint in (best, unreadable)}
+    contents = {checkpoint: file.read_bytes() for checkpoint, file in states.items()}
+    for file in states.values():
+        file.unlink()
+    prune_checkpoints(run, keep=1)
+    for checkpoint, file in states.items():
+        file.write_bytes(contents[checkpoint])
+    assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [2, 4, 6, 8]
+    prune_checkpoints(run, keep=1)
+    assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [2, 8]

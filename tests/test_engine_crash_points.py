@@ -20,7 +20,7 @@ from engine.runs import list_runs
 from engine.store import RunDirectory
 
 FAULTS = int(os.environ.get("RETENTION_TUI_FAULTS", "0"))
-STRIDE = 1 if FAULTS else 6
+STRIDE = 1 if FAULTS else 9
 MOMENTS_AT_LEAST = 200
 
 
