@@ -85,6 +85,15 @@ def create_run(folder: Path, profile_name: str, identity: Mapping[str, Any], nam
         shutil.rmtree(new.path, ignore_errors=True)
 
 
+def remove_run(run: RunDirectory) -> None:
+    """Deletes a run that has not begun. Its name is free at once: half a run never keeps it."""
+    aside = run.path.with_name(f".removed-{run.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        run.path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def find_run(folder: Path, name_or_path: str) -> RunDirectory:
     """A run given by name (in `folder`) or by path. Raises `UserError` naming what there is."""
     for path in (folder / name_or_path, Path(name_or_path)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from engine.hooks import HookRunner
 from engine.host.mlx_variables import set_mlx_variables
 from engine.profile import Profile
 from engine.profile_files import find_profile, load_profile, validate_profile
-from engine.runs import RunLock, create_run, find_run
+from engine.runs import RunLock, create_run, find_run, remove_run
 from engine.store import RunDirectory
 from engine.worker import Engine
 from retention_tui import background
@@ -233,7 +232,7 @@ class Session:
         if self._lock is None:
             return
         if self._new and ended.exit_code == ExitCode.BAD_INPUT and not _has_begun(run):
-            shutil.rmtree(run.path, ignore_errors=True)  # the next try may have its name
+            remove_run(run)  # the next try may have its name
         self._lock.release()
         self._lock = None
 

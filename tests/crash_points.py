@@ -22,6 +22,7 @@ from engine.events import State
 from engine.runs import RunLock, create_run, find_run
 from engine.store import RunDirectory, StoreWriter
 
+mx.set_default_device(mx.cpu)  # what a GPU holds does not survive a fork
 KEEP, EVERY = 1, 2
 UNTIL = (4, 6, 8)
 """The last step of the first, the second and the recovering attempt."""
