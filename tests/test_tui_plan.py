@@ -198,4 +198,4 @@ def test_the_summary_keeps_to_its_width(width: int) -> None:
     assert bar == "█" * min(60, width)
     longest = max(max(map(len, word.split())) for word in lines)
     assert all(len(line) <= max(width, longest + 8) for line in lines[1:])
-    assert "fits with --set train.micro_batch_size=" in " ".join(" ".join(lines).split())
+    assert "fits with train.micro_batch_size=" in " ".join(" ".join(lines).split())

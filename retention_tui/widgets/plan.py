@@ -31,7 +31,7 @@ _MEASURED = {
     "all of the process": "process_memory_bytes",
 }
 """The lines of a plan that a run measures, and its metrics."""
-_BAR_WIDTH = 60
+_BAR_WIDTH, _LEGEND_LINES = 60, 2
 _INDENT = 8
 
 
@@ -93,11 +93,10 @@ def summary(table: Table, width: int) -> list[Content]:
     need = f"{table['need_bytes'] / 1e9:,.1f} of {limit / 1e9:,.1f} GB" if limit else wording.size(table["need_bytes"])
     verdict = (f"● {_LEVEL_WORDS[level]}", LEVEL_COLOURS[level])
     lines = [Content.assemble(("memory  ", FAINT), f"{need}  ", verdict), *_bar(table, width)]
-    if table["reason"]:
+    if level == "yellow" or (level == "red" and not table["suggestions"]):
         lines.append(Content.styled(_indented(table["reason"], width), LEVEL_COLOURS[level]))
     if table["suggestions"]:
-        fits = _indented(f"fits with {table['suggestions'][0]['options']}", width)
-        lines.append(Content(fits))
+        lines.append(Content(_indented(f"fits with {', '.join(table['suggestions'][0]['settings'])}", width)))
     time = _indented(time_words(table["time"]), width).lstrip()
     return [*lines, Content.assemble(("time    ", FAINT), time)]
 
@@ -120,7 +119,7 @@ def page(table: Table, progress: Progress) -> list[Content]:
 
 
 def _bar(table: Table, width: int) -> list[Content]:
-    """The parts of the need as one bar, largest first, and what its colours mean."""
+    """The parts of the need as one bar, largest first, and what its colours mean: as many as two lines hold."""
     parts = [(name, colour, sum(table["components"].get(key, 0) for key in keys)) for name, colour, keys in _PARTS]
     parts = sorted((part for part in parts if part[2]), key=lambda part: -part[2])
     columns = _columns([size for _, _, size in parts], min(_BAR_WIDTH, width))
@@ -131,7 +130,7 @@ def _bar(table: Table, width: int) -> list[Content]:
         if line.cell_length and line.cell_length + entry.cell_length + 2 > width:
             lines, line = [*lines, line], Content()
         line = line + "  " + entry if line.cell_length else entry
-    return [*lines, line]
+    return [*lines, line][: 1 + _LEGEND_LINES]
 
 
 def _columns(sizes: Sequence[int], width: int) -> list[int]:
