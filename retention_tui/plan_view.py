@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.amendments import Amendments
 from engine.errors import UserError
-from engine.events import plain
+from engine.events import Level, plain
 from engine.profile import Profile
 from engine.profile_files import load_profile, validate_profile
 from engine.store import RunDirectory
@@ -57,9 +57,12 @@ def print_plan(
     from engine.planning.report import as_table
 
     profile, run_name = _profile(name, overrides)
-    figures = measure(profile) if measured else None
     made = plan(profile, runs_folder=runs_folder, except_run=run_name)
-    if figures is not None:
+    figures = None
+    if measured:
+        if made.level is Level.RED:  # to try it would take down whatever else runs here
+            raise UserError(f"{made.verdict}; so it is not measured")
+        figures = measure(profile)
         timing = replace(
             made.timing, seconds_a_step=figures.seconds_a_step, source="measured", samples=figures.steps
         )  # fmt: skip

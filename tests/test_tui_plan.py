@@ -96,6 +96,8 @@ def test_what_no_machine_has_memory_for_is_refused_in_one_line(tmp_path: Path, w
     assert done.returncode == 2
     assert done.stderr.startswith("retention-tui: nothing of this fits") and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+    measured = retention_tui("plan", without_data, *options, "--measure")
+    assert measured.returncode == 2 and measured.stderr.endswith("so it is not measured\n")
     anyway = retention_tui(*start, "--anyway")
     said = anyway.stderr.splitlines()
     assert said[0].startswith("retention-tui: nothing of this fits")  # a warning now
