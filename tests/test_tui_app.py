@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from retention_tui.screens.launcher import Launcher
 from retention_tui.screens.quit import Question
 from retention_tui.screens.run import RunScreen
 from retention_tui.session import Session
+from retention_tui.story import while_away
+from retention_tui.visits import last_look
 from retention_tui.widgets.chart import Chart
 
 ENDLESS = ["train.steps=1000000", "validate.every=0", "checkpoint.every=0", "train.schedule='constant'"]
@@ -127,6 +130,35 @@ async def test_the_launcher_starts_a_profile_and_shows_the_run_that_it_left(
     assert app.return_value is None
     assert not session.running
     assert [run.name for run in list_runs(session.runs_folder)] == ["tiny"]
+
+
+async def test_the_launcher_tells_what_happened_while_one_was_away_and_keeps_itself_fresh(
+    session: Session, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETENTION_TUI_STATE", str(tmp_path / "state"))
+    name = "a-night-with-a-long-name"
+    session.start(str(tiny), ["train.steps=2"], name=name)
+    session.finish()
+    (session.runs_folder / "broken").mkdir()
+    (session.runs_folder / "broken" / "run.json").write_text('{"format": 1, "profi')
+    os.utime(session.runs_folder / "broken", (0, 0))  # so that it is the last of the list
+    app = RetentionApp(Session(session.runs_folder))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "While you were away" in seen(app))
+        assert re.search(rf"\d\d:\d\d +{name} finished \(held-out \d\.\d+\)", seen(app))
+        await until(pilot, lambda: re.search(r"● a-night-with-.*… *100 %", seen(app)))
+        await pilot.press("end")
+        await until(pilot, lambda: "● damaged" in seen(app) and "json cannot be read" in seen(app))
+        session.start(str(tiny), ["train.steps=2"], name="later")
+        session.finish()
+        await until(pilot, lambda: re.search(r"● later +100 %", seen(app)))  # nobody has asked for it
+        assert "● damaged" in seen(app) and "json cannot be read" in seen(app)  # what is highlighted stays
+        await pilot.press("escape")
+        await until(pilot, lambda: "While you were away" not in seen(app))
+        await pilot.press("question_mark")
+        await until(pilot, lambda: re.search(r"Enter +Start it", seen(app)))
+        await until(pilot, lambda: last_look(session.runs_folder) > time.time() - 60)
+    assert while_away(session.runs_folder) == []
 
 
 async def test_a_failure_that_was_seen_is_not_told_again(session: Session, own_profiles: Path) -> None:
@@ -370,6 +402,7 @@ async def test_light_and_dark_both_draw(session: Session, tiny: Path) -> None:
     app = RetentionApp(session, session.start(str(tiny), ENDLESS))
     async with app.run_test(size=(130, 40)) as pilot:
         await until(pilot, lambda: step_shown(app) > 1)
+        await until(pilot, lambda: "pressure" in seen(app))  # what the machine says comes once a second
         dark = app.export_screenshot()
         await pilot.press("ctrl+l")
         await pilot.pause(0.2)

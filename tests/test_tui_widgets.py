@@ -19,6 +19,8 @@ from engine.events import (
     AnswerEnded,
     AnswerStarted,
     AnswerText,
+    Level,
+    Reading,
     RunEnded,
     RunOpened,
     State,
@@ -27,9 +29,11 @@ from engine.events import (
 )
 from retention_tui import wording
 from retention_tui.history import Series, Smoother
+from retention_tui.marks import Mark, MarkKind
 from retention_tui.progress import Progress, empty_history
 from retention_tui.widgets.chart import Chart, ChartSpec, Trace
 from retention_tui.widgets.chat import Chat
+from retention_tui.widgets.machine import machine_line
 from retention_tui.widgets.monitor import CHARTS
 from retention_tui.widgets.scale import fit
 
@@ -147,6 +151,89 @@ async def test_a_chart_puts_values_where_its_axis_says() -> None:
     labels = [int(line.split("┤")[0]) for line in lines if "┤" in line]
     assert labels == sorted(labels, reverse=True)
     assert [int(word) for word in lines[-1].split()] == [0, 25, 50, 75, 100]
+
+
+async def test_checkpoints_and_alarms_are_marked_where_they_happened() -> None:
+    spec = ChartSpec("falling", (Trace("falling", "", smooth=True),))
+    app = OneChart(spec)
+    series = {"falling": series_of([200.0 - step for step in range(1, 101)], 1024)}
+    marks = [
+        *(Mark(step, MarkKind.CHECKPOINT) for step in range(0, 101, 10)),
+        Mark(50, MarkKind.WARNING),
+        Mark(75, MarkKind.CRITICAL),
+        Mark(2000, MarkKind.CRITICAL),  # of steps that are not shown
+    ]
+    async with app.run_test(size=(120, 24)):
+        app.chart.show(series, (0.0, 100.0), marks)
+        *canvas, axis, _ = app.drawn()
+        app.chart.show(series, (0.0, 100.0))
+        *bare, plain_axis, _ = app.drawn()
+    left, width = axis.index("└") + 1, len(axis.rstrip()) - axis.index("└") - 1
+
+    def columns(sign: str) -> list[int]:
+        return [round((index - left) / width * 100) for index, found in enumerate(axis) if found == sign]
+
+    assert columns("▲") == pytest.approx([50, 75], abs=1)
+    assert columns("▼") == pytest.approx([0, 10, 20, 30, 40, 60, 70, 80, 90, 100], abs=1)
+    lines = {index for row in canvas for index, found in enumerate(row) if found == "┊"}
+    assert lines == {index for index, found in enumerate(axis) if found == "▲"}
+    assert not set("▲▼") & set(plain_axis) and not any("┊" in row for row in bare)
+    assert [row.replace("┊", " ") for row in canvas] == bare  # no value is hidden
+
+
+async def test_many_marks_never_hide_the_axis() -> None:
+    app = OneChart(CHARTS["loss"])
+    marks = [Mark(step, kind) for step in range(1000) for kind in (MarkKind.CHECKPOINT, MarkKind.WARNING)]
+    async with app.run_test(size=(80, 20)) as pilot:
+        for size in ((80, 20), (30, 6), (9, 3), (1, 1)):
+            await pilot.resize_terminal(*size)
+            app.chart.show({"loss": series_of([2.0] * 1000), "val_loss": series_of([2.0])}, (0.0, 1000.0), marks)
+            assert not any("┊" in line for line in app.drawn())
+            checkpoints = marks[::2]
+            app.chart.show({"loss": series_of([2.0] * 1000)}, (0.0, 1000.0), checkpoints)
+            assert max((line.count("▼") for line in app.drawn()), default=0) <= size[0] // 4 + 1
+
+
+LEVELS = {Level.GREEN: "normal", Level.YELLOW: "warning", Level.RED: "critical"}
+readings = st.builds(
+    Reading,
+    level=st.none() | st.sampled_from(Level),
+    cause=st.text("ab \n\t\x1b", max_size=40),
+    limit_bytes=st.none() | st.integers(0, 10**13),
+    available_bytes=st.none() | st.integers(0, 10**13),
+    swap_bytes=st.none() | st.integers(0, 10**12),
+    gpu_bytes=st.none() | st.integers(0, 10**12),
+    gpu_limit_bytes=st.none() | st.integers(0, 10**12),
+    heat=st.none() | st.sampled_from(["nominal", "fair", "serious", "critical", "lukewarm"]),
+    on_mains=st.none() | st.booleans(),
+    battery_percent=st.none() | st.floats(0, 100),
+    lid_closed=st.none() | st.booleans(),
+)
+
+
+@given(readings, st.integers(64, 240), st.none() | st.floats(0, 1e13))
+def test_the_machine_in_one_line(reading: Reading, width: int, process: float | None) -> None:
+    progress = Progress()
+    progress.apply(reading)
+    if process is not None:
+        progress.metrics["process_memory_bytes"] = process
+    line = machine_line(progress, width).plain
+    assert "\n" not in line
+    assert ("pressure –" in line) == (reading.level is None)
+    if reading.level is not None:
+        assert f"● {LEVELS[reading.level]}" in line
+    if width >= 200:
+        assert ("power –" in line) == (reading.on_mains is None)
+        assert ("heat –" in line) == (reading.heat in (None, "lukewarm"))
+    assert "0.00 active" not in line and "– active" in line  # unknown is unknown, never zero
+
+
+def test_nothing_is_said_of_the_machine_once_the_run_is_over() -> None:
+    progress = Progress()
+    progress.apply(Reading(level=Level.RED, limit_bytes=10**9, on_mains=True))
+    assert "critical" in machine_line(progress, 130).plain
+    progress.apply(RunEnded(state=State.STOPPED, reason="", exit_code=3, step=7))
+    assert "critical" not in machine_line(progress, 130).plain
 
 
 @given(st.floats(1e-12, 1e12), st.floats(1e-12, 1e12), st.booleans(), st.booleans())

@@ -52,7 +52,7 @@ def pressure(reading: Reading | None, *, with_cause: bool = True) -> Content:
         return Content.styled(f"pressure {wording.MISSING}", FAINT)
     said = Content.assemble(("pressure ", FAINT), (f"● {_LEVELS[level]}", _COLOURS[level]))
     if with_cause and reading.cause and level is not Level.GREEN:
-        said += Content.styled(f": {wording.printable(reading.cause)}", FAINT)
+        said += Content.styled(f": {wording.printable(' '.join(reading.cause.split()))}", FAINT)
     return said
 
 
@@ -73,11 +73,11 @@ def _current(progress: Progress) -> Reading | None:
 
 
 def _number(name: str, count: float | None) -> tuple[tuple[str, str], tuple[str, str]]:
-    return (f"{_gigabytes(count):>4}", "bold"), (f" {name}", FAINT)
+    return (f"{_gigabytes(count):>5}", "bold"), (f" {name}", FAINT)
 
 
 def _gigabytes(count: float | None) -> str:
-    return wording.number(None if count is None else count / 1e9, 2)
+    return wording.number(None if count is None else count / 1e9, 2 if count is None or count >= 1e8 else 3)
 
 
 def _bar(process: float | None, reading: Reading | None, width: int) -> Content:
