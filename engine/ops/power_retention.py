@@ -185,7 +185,7 @@ def retention_step(
 
 def state_features(head_dim: int, power: int) -> int:
     """Rows of the state: the length of φ of a vector of `head_dim` entries."""
-    return len(_weight_table(head_dim, power))
+    return sum(_tile_lengths(head_dim, _TILE[power], power))
 
 
 def _chunk_function(
@@ -337,11 +337,17 @@ def _products(x: mx.array, power: int) -> mx.array:
 @lru_cache
 def _tile_starts(head_dim: int, tile: int, degree: int) -> tuple[int, ...]:
     """For each tile, where the products of `degree` entries that begin with it start."""
+    lengths = _tile_lengths(head_dim, tile, degree)
+    return tuple(sum(lengths[:index]) for index in range(len(lengths)))
+
+
+def _tile_lengths(head_dim: int, tile: int, degree: int) -> list[int]:
+    """For each tile, how many products of `degree` entries begin with it."""
     widths = [min(tile, head_dim - first) for first in range(0, head_dim, tile)]
     lengths = widths
     for _ in range(1, degree):
         lengths = [width * sum(lengths[index:]) for index, width in enumerate(widths)]
-    return tuple(sum(lengths[:index]) for index in range(len(lengths)))
+    return lengths
 
 
 def _weights(head_dim: int, power: int, dtype: mx.Dtype) -> mx.array:
