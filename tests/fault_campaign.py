@@ -63,7 +63,7 @@ class Life:
         self._said, self._errors = folder / "said", folder / "errors"
         self._process: subprocess.Popen[bytes] | None = None
         self._intact: set[int] = set()
-        self._cut_off = self._may_fail = False
+        self._cut_off = self._may_fail = self._unnoted = False
         self._log_before = self._heard_bytes = 0
         self._heard: list[dict[str, Any]] = []
 
@@ -184,12 +184,15 @@ class Life:
         if self._cut_off and self.events("run_opened"):
             assert "was cut off" in self.log(), self.log()
         whole = {item.step for item in self.intact()}
-        half = [
-            item.path.name for item in self.checkpoints() if item.step not in whole and item.path not in self.damaged
-        ]
         said = {event["step"] for event in self.events("checkpoint")}
-        kept = sorted(self._intact | said | whole)[-KEEP:]
-        lost = [f"{name} is damaged" for name in half] + [f"step {step} is gone" for step in kept if step not in whole]
+        known = sorted(self._intact | said | whole)
+        scores = dict(zip(*(column.tolist() for column in self.run.curve("val_loss")), strict=True))
+        best = min((step for step in known if step in scores), key=scores.__getitem__, default=None)
+        self._unnoted |= "state.json could not be written" in self.alarms()  # a score of a step that was saved before
+        kept = {*known[-KEEP:], *([best] if best is not None and not self._unnoted else [])}
+        sound = [item for item in self.checkpoints() if item.path not in self.damaged]
+        lost = [f"{item.path.name} is damaged" for item in sound if item.step not in whole]
+        lost += [f"step {step} is gone" for step in sorted(kept) if step not in whole]
         steps = self.run.curve("loss")[0].tolist()
         assert steps == list(range(1, len(steps) + 1)), f"steps on the curve: {steps}"
         assert len(steps) >= max(whole, default=0), "a checkpoint is newer than the curve"
