@@ -89,7 +89,7 @@ class Journal:
                 self._store.set_state(event.state, event.reason)
             self._store.record_event(event)
             if problem := self._store.close():
-                self._warn(f"run.sqlite could not be written ({problem}): what waited for it in memory is lost")
+                self._warn(f"run.sqlite could not be written: {problem}")
         self._write_log(event)
         if self._log is not None:
             with contextlib.suppress(OSError):  # a full disk

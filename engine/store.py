@@ -2,6 +2,7 @@
 
     runs/NAME/run.json        identity: resolved profile, versions, machine; written before data or model are touched
     runs/NAME/run.sqlite      attempts, metrics and events (WAL; `PRAGMA user_version` is the schema's version)
+    runs/NAME/waiting.json    rows that run.sqlite has not taken yet, if any (engine.waiting)
     runs/NAME/checkpoints/    see engine.checkpoint
     runs/NAME/log.txt         what was said, and whatever libraries printed
     runs/NAME/lock            held with flock by the process that trains (engine.runs)
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from engine.durable import write_json
 from engine.errors import UserError
 from engine.events import Event, Level, Reading, State, to_json
+from engine.waiting import Row, WaitingRows
 
 RUN_FORMAT = 1
 SCHEMA_VERSION = 2
@@ -63,6 +65,16 @@ CREATE VIEW curve AS
     JOIN metric ON metric.id = value.metric;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+
+_STATEMENTS = {  # each may be carried out twice
+    "attempt": "INSERT OR IGNORE INTO attempt (id, parent, from_step, total_steps, started, state) "
+    "VALUES (?, ?, ?, ?, ?, ?)",
+    "state": "UPDATE attempt SET state = ?, reason = ?, ended = ? WHERE id = ?",
+    "metric": "INSERT OR IGNORE INTO metric (id, name) VALUES (?, ?)",
+    "value": "INSERT OR REPLACE INTO value (attempt, step, metric, value, is_nan) VALUES (?, ?, ?, ?, ?)",
+    "event": "INSERT OR IGNORE INTO event (id, attempt, time, kind, body) VALUES (?, ?, ?, ?, ?)",
+    "reading": f"INSERT OR REPLACE INTO host (time, {', '.join(_READINGS)}) VALUES (?{', ?' * len(_READINGS)})",
+}
 
 
 @dataclass(frozen=True)
@@ -264,13 +276,15 @@ class StoreWriter:
     """The only writer of run.sqlite, owned by one thread.
 
     Rows wait in memory until SQLite has taken them, so that a full disk costs little but memory until there is room
-    again: `flush` says what went wrong and is simply called again later. Raises `UserError` for a file that is damaged
-    or from a newer release.
+    again: `flush` says what went wrong and is simply called again later. What SQLite still refuses when a checkpoint is
+    written, or at the end, waits in a file beside it. Raises `UserError` for a file that is damaged or from a newer
+    release, and where what has waited is still refused.
     """
 
     def __init__(self, run: RunDirectory) -> None:
         self._path = run.database_path
-        self._pending: list[tuple[str, tuple[Any, ...]]] = []
+        self._waiting = WaitingRows(run.path)
+        self._pending: list[Row] = self._waiting.take(_STATEMENTS)
         self._problem: str | None = None
         self._retry_at = 0.0
         self.attempt = self._parent = self._from_step = 0
@@ -284,7 +298,10 @@ class StoreWriter:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(f"PRAGMA busy_timeout = {_PATIENCE_MILLISECONDS}")
+            if problem := self._write():
+                raise UserError(f"{run.database_path} cannot be written: {problem}")
             self._metrics: dict[str, int] = dict(self._database.execute("SELECT name, id FROM metric").fetchall())
+            self._events: int = self._database.execute("SELECT coalesce(max(id), 0) FROM event").fetchone()[0]
         except sqlite3.Error as error:
             raise UserError(f"{run.database_path} cannot be used: {error}") from None
 
@@ -295,25 +312,20 @@ class StoreWriter:
         """
         took = "SELECT attempt FROM line WHERE from_step < ? AND until_step >= ?"
         try:
-            parent = self._database.execute("SELECT max(id) FROM attempt").fetchone()[0]
+            stored = self._database.execute("SELECT max(id) FROM attempt").fetchone()[0]
             row = self._database.execute(took, (from_step, from_step)).fetchone()
         except sqlite3.Error as error:
             raise UserError(f"{self._path} cannot be read: {error}") from None
+        parent = max(stored or 0, self.attempt) or None  # this writer's last one may be waiting still
         self.attempt = max(parent or 0, newest_known) + 1
         self._from_step, self._parent = from_step, row[0] if row else self.attempt
-        self._add(
-            "INSERT INTO attempt (id, parent, from_step, total_steps, started, state) VALUES (?, ?, ?, ?, ?, ?)",
-            (self.attempt, parent, from_step, total_steps, time.time(), str(State.LOADING)),
-        )
+        self._add("attempt", self.attempt, parent, from_step, total_steps, time.time(), str(State.LOADING))
         return self.attempt
 
     def set_state(self, state: State, reason: str = "") -> None:
         """Records the attempt's state; a final one ends it."""
         ended = time.time() if state.final else None
-        self._add(
-            "UPDATE attempt SET state = ?, reason = ?, ended = ? WHERE id = ?",
-            (str(state), reason, ended, self.attempt),
-        )
+        self._add("state", str(state), reason, ended, self.attempt)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds values of `step` to the attempt that took it; a NaN is kept as such."""
@@ -321,21 +333,16 @@ class StoreWriter:
         for name, value in metrics.items():
             if name not in self._metrics:
                 self._metrics[name] = len(self._metrics) + 1
-                self._add("INSERT INTO metric (id, name) VALUES (?, ?)", (self._metrics[name], name))
-            row = (attempt, step, self._metrics[name], float(value), int(math.isnan(value)))
-            self._add("INSERT OR REPLACE INTO value (attempt, step, metric, value, is_nan) VALUES (?, ?, ?, ?, ?)", row)
+                self._add("metric", self._metrics[name], name)
+            self._add("value", attempt, step, self._metrics[name], float(value), int(math.isnan(value)))
 
     def record_event(self, event: Event) -> None:
-        self._add(
-            "INSERT INTO event (attempt, time, kind, body) VALUES (?, ?, ?, ?)",
-            (self.attempt or None, event.time, event.kind, to_json(event)),
-        )
+        self._events += 1
+        self._add("event", self._events, self.attempt or None, event.time, event.kind, to_json(event))
 
     def record_reading(self, reading: Reading) -> None:
         """Adds what was read of the machine; of two readings of one moment the later one stays."""
-        row = (reading.time, *(getattr(reading, name) for name in _READINGS))
-        marks = ", ".join("?" * len(row))
-        self._add(f"INSERT OR REPLACE INTO host (time, {', '.join(_READINGS)}) VALUES ({marks})", row)
+        self._add("reading", reading.time, *(getattr(reading, name) for name in _READINGS))
 
     def flush(self) -> str | None:
         """Writes what is waiting, in one transaction. Returns None, or why it could not be written yet.
@@ -352,8 +359,8 @@ class StoreWriter:
             return None
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            for statement, row in self._pending:
-                self._database.execute(statement, row)
+            for name, values in self._pending:
+                self._database.execute(_STATEMENTS[name], values)
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
@@ -362,6 +369,7 @@ class StoreWriter:
             self._problem, self._retry_at = str(error), now + (now - started) / _RETRY_SHARE
             return self._problem
         self._pending.clear()
+        self._waiting.forget()
         return None
 
     def settle(self) -> str | None:
@@ -370,6 +378,7 @@ class StoreWriter:
         Never waits for a reader: where one is in the way, what remains is on the medium in the log alone.
         """
         if problem := self._write():
+            self._waiting.keep(self._pending)
             return problem
         try:
             self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -378,14 +387,19 @@ class StoreWriter:
         return None
 
     def close(self) -> str | None:
-        """Writes what is waiting, now with patience. Returns None, or why all of that is lost."""
+        """Writes what is waiting, now with patience. Returns None, or why not, and what becomes of it."""
+        problem: str | None = "it cannot be closed"
         with contextlib.suppress(sqlite3.Error), contextlib.closing(self._database):
             self._database.execute(f"PRAGMA busy_timeout = {_LAST_PATIENCE_MILLISECONDS}")
-            return self._write()
-        return "it cannot be closed"
+            problem = self._write()
+        if not self._pending:
+            return None
+        kept = self._waiting.keep(self._pending)
+        fate = "waits in waiting.json until the run goes on" if kept else "is lost"
+        return f"{problem}; what waited for it in memory {fate}"
 
-    def _add(self, statement: str, row: tuple[Any, ...]) -> None:
-        self._pending.append((statement, row))
+    def _add(self, statement: str, *values: Any) -> None:
+        self._pending.append((statement, values))
 
 
 def _schema_version(database: sqlite3.Connection, path: Path) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import resource
 import sqlite3
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.errors import UserError
+from engine.events import Notice
 from engine.runs import DAMAGED, RunLock, create_run, list_runs
 from engine.store import SCHEMA_VERSION, RunDirectory, StoreWriter
 
@@ -120,6 +124,37 @@ def test_a_store_that_another_process_holds_costs_no_time_and_no_row(run: RunDir
     store.record(3, {"loss": 0.5})
     assert store.close() is None
     assert run.curve("loss")[1].tolist() == [2.0, 1.0, 0.5]
+
+
+def test_what_is_refused_when_a_checkpoint_is_written_waits_in_a_file(run: RunDirectory) -> None:
+    """So that it outlives its process: here one that never closes its store, as when it is killed."""
+    store = StoreWriter(run)
+    store.begin_attempt(0, 10)
+    store.record(1, {"loss": 2.0})
+    assert store.flush() is None
+    with contextlib.closing(sqlite3.connect(run.database_path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store.begin_attempt(1, 10)
+        store.record(2, {"loss": math.nan, "val_loss": 1.0})
+        store.record_event(Notice(text="seen"))
+        assert store.settle() == "database is locked"
+        assert run.curve("loss")[0].tolist() == [1]
+        with pytest.raises(UserError, match=r"run\.sqlite cannot be written: database is locked"):
+            StoreWriter(run)
+    for _ in range(2):  # the second time as when the first was killed before it could forget the file
+        waiting = (run.path / "waiting.json").read_bytes()
+        again = StoreWriter(run)
+        assert not (run.path / "waiting.json").exists()
+        again.close()
+        (run.path / "waiting.json").write_bytes(waiting)
+    assert [(attempt.id, attempt.from_step) for attempt in run.attempts()] == [(1, 0), (2, 1)]
+    np.testing.assert_array_equal(run.curve("loss")[1], [2.0, math.nan])
+    assert run.last("val_loss") == (2, 1.0)
+    assert [event["text"] for event in run.events()] == ["seen"]
+    for content in ("no rows", '[["strange", [1]]]', "[1]"):
+        (run.path / "waiting.json").write_text(content)
+        with pytest.raises(UserError, match=r"waiting\.json"):
+            StoreWriter(run)
 
 
 def test_what_is_settled_needs_no_log(run: RunDirectory) -> None:
