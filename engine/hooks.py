@@ -28,7 +28,7 @@ from collections import deque
 
 from engine.config import Hooks
 from engine.errors import ExitCode
-from engine.events import Alarm, Event, RunEnded, RunOpened, StepCompleted, Validated, plain, to_json
+from engine.events import Alarm, Event, RunEnded, RunOpened, State, StepCompleted, Validated, plain, to_json
 from engine.lines import describe
 from engine.store import RunDirectory
 from engine.worker import Mailbox
@@ -54,12 +54,17 @@ class HookRunner:
         self._alarms: deque[Alarm] = deque(maxlen=_EARLIER_KEPT + 1)
         self._untold = 0
         self._next_alarm = -math.inf
+        self._end_is_told = True
         # Not a daemon: the interpreter waits for it, and it ends soon after the run does.
         self._thread = threading.Thread(target=self._work, name=f"hooks of {run.name}")
 
     def start(self) -> None:
         """Begins to listen; it ends by itself once the run has."""
         self._thread.start()
+
+    def silence_end(self) -> None:
+        """From now on a stop is not told: it is no end, as another process goes on with the run."""
+        self._end_is_told = False
 
     def join(self, timeout_seconds: float | None = None) -> bool:
         """Waits for the last hook; false if it is still running."""
@@ -71,7 +76,8 @@ class HookRunner:
             for event in self._mailbox.take():
                 if isinstance(event, RunEnded):
                     self._tell_alarms()
-                    self._call("finish" if event.exit_code == ExitCode.OK else "failure", event)
+                    if self._end_is_told or event.state is not State.STOPPED:
+                        self._call("finish" if event.exit_code == ExitCode.OK else "failure", event)
                     return
                 self._take(event)
             if time.monotonic() >= self._next_alarm:

@@ -35,6 +35,7 @@ InBackground = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object a line")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's name, or its folder")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="also where this machine has not enough memory")]
 RUNS = Path("runs")
 SET = "override a key of the profile, e.g. train.steps=50; may be given several times"
 
@@ -68,7 +69,7 @@ def run(
     no_screen: Headless = False,
     as_json: Json = False,
     in_background: InBackground = False,
-    anyway: Annotated[bool, typer.Option("--anyway", help="also where this machine has not enough memory")] = False,
+    anyway: Anyway = False,
 ) -> None:
     """Train a profile."""
     session = Session(runs_dir)
@@ -164,14 +165,16 @@ def queue(
     profiles: Annotated[list[str] | None, typer.Argument(metavar="PROFILE…", help="names or files, in order")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
     go_on: Annotated[bool, typer.Option("--continue", help="go on with the queue that was stopped or killed")] = False,
+    anyway: Anyway = False,
     runs_dir: RunsDir = RUNS,
+    _: Annotated[bool, typer.Option("--headless", help="lines only, as ever: `watch` shows a run of it")] = False,
 ) -> None:
     """Train profiles one after the other, each in a process of its own."""
     from retention_tui.run_queue import Queue, new_queue, unfinished_queue
 
     if go_on == bool(profiles):
         raise UserError("queue: give it profiles in a row, or --continue for the one that was stopped")
-    record = unfinished_queue(runs_dir) if go_on else new_queue(runs_dir, profiles or (), overrides or ())
+    record = unfinished_queue(runs_dir) if go_on else new_queue(runs_dir, profiles or (), overrides or (), anyway)
     if record is None:
         print(f"nothing is left to do of the newest queue in {runs_dir}")
     else:

@@ -3,7 +3,7 @@
 How far the queue has come is in a file of the runs folder, written whole at every change, so that a queue that was
 stopped or killed can be gone on with:
 
-    runs/queue-20261121-231200.json    {"format": 1, "folder": …, "entries": [{"profile": …, "state": …, …}]}
+    runs/queue-20261121-231200.json    {"format": 1, …, "entries": [{"profile": "demo", "state": "pending", …}, …]}
 
 An entry is pending, then running, and at last finished, stopped or failed; one that was under way when the queue itself
 was stopped is interrupted, and resumed when the queue goes on. One queue at a time works on a runs folder.
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from engine.commands import Stop
 from engine.config import load_config
 from engine.durable import write_json
 from engine.errors import ExitCode, UserError
@@ -32,6 +33,7 @@ from engine.profile_files import find_profile, load_profile
 from engine.store import Attempt, RunDirectory
 from retention_tui import wording
 from retention_tui.headless import Printer
+from retention_tui.remote import RemoteClient
 
 FORMAT = 1
 PENDING, RUNNING, INTERRUPTED = "pending", "running", "interrupted"
@@ -60,16 +62,21 @@ class Entry:
 
 @dataclass
 class Record:
-    """The file of a queue. `folder` is where it was given: names of files in overrides are relative to it."""
+    """The file of a queue. `folder` is where it was given: names of files in overrides are relative to it.
+
+    `anyway` also starts what this machine has not enough memory for.
+    """
 
     path: Path
     folder: str
     entries: list[Entry]
+    anyway: bool = False
 
     def save(self) -> None:
         """Raises `OSError` where it cannot be written; the file is then as it was."""
         entries = [asdict(entry) for entry in self.entries]
-        write_json(self.path, {"format": FORMAT, "folder": self.folder, "entries": entries})
+        head = {"format": FORMAT, "folder": self.folder, "anyway": self.anyway}
+        write_json(self.path, {**head, "entries": entries})
 
     @classmethod
     def load(cls, path: Path) -> Record:
@@ -78,24 +85,34 @@ class Record:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if stored["format"] > FORMAT:
                 raise UserError(f"{path} has format {stored['format']}; this release reads up to {FORMAT}")
-            return cls(path, stored["folder"], [Entry(**entry) for entry in stored["entries"]])
+            entries = [Entry(**entry) for entry in stored["entries"]]
+            return cls(path, stored["folder"], entries, bool(stored.get("anyway")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as a queue's record: {error!r}") from None
 
 
-def new_queue(runs_folder: Path, profiles: Sequence[str], overrides: Sequence[str]) -> Record:
-    """The record of a new queue, not yet written. Raises `UserError` where one of the profiles is wrong."""
+def new_queue(
+    runs_folder: Path, profiles: Sequence[str], overrides: Sequence[str] = (), anyway: bool = False
+) -> Record:
+    """The record of a new queue, not yet written. Raises `UserError` where one of the profiles is wrong, or, but
+    `anyway`, where this machine has not enough memory for it."""
+    from engine.planner import plan, refuse_what_cannot_fit  # loads MLX
+
     entries = []
     for profile in profiles:
-        load_profile(profile, overrides)
-        path = find_profile(profile)
+        resolved, path = load_profile(profile, overrides), find_profile(profile)
+        try:
+            if not anyway:
+                refuse_what_cannot_fit(plan(resolved))
+        except UserError as error:
+            raise UserError(f"{profile}: {error}") from None
         named = str(path.resolve()) if path == Path(profile) else profile
         entries.append(Entry(named, list(overrides)))
     load_config()
     stamp, number = time.strftime("queue-%Y%m%d-%H%M%S"), 1
     while (path := runs_folder / f"{stamp}{f'-{number}' if number > 1 else ''}.json").exists():
         number += 1
-    return Record(path.absolute(), str(Path.cwd()), entries)
+    return Record(path.absolute(), str(Path.cwd()), entries, anyway)
 
 
 def unfinished_queue(runs_folder: Path) -> Record | None:
@@ -165,9 +182,10 @@ class Queue:
                 self._say(f"  {entry.run} goes on where it was")
                 self._train(entry, run, ["resume", entry.run])
         else:
-            name = ["--name", entry.run]
+            options = ["--name", entry.run, *(["--anyway"] if self._record.anyway else [])]
             sets = [word for override in entry.overrides for word in ("--set", override)]
-            self._train(entry, run, ["run", entry.profile, *name, *sets])
+            self._say(f"  training {entry.run}; to see it: retention-tui watch {run.path}")
+            self._train(entry, run, ["run", entry.profile, *options, *sets])
         entry.ended = None if entry.left else time.time()
         self._save()
         self._say(f"  {_told(entry)}")
@@ -207,15 +225,13 @@ class Queue:
         began = attempt is not None and (known is None or attempt.id > known.id)
         entry.exit_code = 128 - code if code < 0 else code
         if code < 0:
-            entry.reason = f"killed by {signal.Signals(-code).name}"
+            entry.state, entry.reason = State.FAILED, f"killed by {signal.Signals(-code).name}"
+        elif attempt is not None and began and State(attempt.state).final:
+            entry.state, entry.reason = attempt.state, attempt.reason
         else:
-            entry.reason = attempt.reason if attempt and began and not said else said
-        if self._signal and not (attempt and began and attempt.state == State.FINISHED):
+            entry.state, entry.reason = State.FAILED, said
+        if self._signal and entry.state != State.FINISHED:
             entry.state, entry.exit_code = INTERRUPTED, None
-        elif code >= 0 and attempt and began and State(attempt.state).final:
-            entry.state = attempt.state
-        else:
-            entry.state = State.FAILED
 
     def _wait_for_child(self, child: subprocess.Popen[bytes], run: RunDirectory) -> None:
         told = time.monotonic()
@@ -234,8 +250,19 @@ class Queue:
             self._say(f"  {run.name} is still being trained by another process; waiting for it to end")
         while run.is_live() and not self._signal:
             time.sleep(_POLL_SECONDS)
-        if run.is_live():
-            self._say(f"  {run.name} goes on there without this queue")
+        if run.is_live() and self._signal:
+            self._stop_another(run, self._signal)
+
+    def _stop_another(self, run: RunDirectory, number: int) -> None:
+        try:
+            client = RemoteClient(run)
+        except UserError as error:  # or it has just ended
+            self._say(f"  {run.name} is not stopped: {error}")
+            return
+        client.send(Stop(reason=f"stopped by {signal.Signals(number).name}"))
+        while run.is_live() and client.alive:
+            time.sleep(_POLL_SECONDS)
+        client.close()
 
     def _free_name(self, entry: Entry) -> str:
         """The profile's name, or the first of NAME-2, NAME-3 … that no run and no other entry has."""

@@ -76,6 +76,7 @@ class Session:
         self._signal: int | None = None
         self._new = False
         self._hooks = Hooks()
+        self._hook_runner: HookRunner | None = None
         self._starting, self._owning = threading.Lock(), threading.Lock()
 
     def start(
@@ -122,6 +123,8 @@ class Session:
         that. Raises `UserError` where the process does not start.
         """
         client = self.client
+        if self._hook_runner is not None:
+            self._hook_runner.silence_end()
         self.stop("moved to the background")
         self.finish()
         if client is None or self.ended is None or self.ended.state is not State.STOPPED or self.interrupted:
@@ -197,6 +200,7 @@ class Session:
             self._engine = Engine(run, profile, resume_from)
             self.client = LocalClient(self._engine)
             hooks = HookRunner(self._hooks, run, self._engine.subscribe()) if self._hooks.commands() else None
+            self._hook_runner = hooks
             self._server = ControlServer(run, self._engine.subscribe(), self._engine.send)
             self.on_launch(run)
             self._server.start()

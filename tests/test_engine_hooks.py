@@ -80,6 +80,19 @@ def test_a_hook_gets_the_event_and_where_the_run_stands(run: RunDirectory, tmp_p
     assert "hook finish: done in" in log
 
 
+@pytest.mark.parametrize(("state", "told_of"), [(State.STOPPED, 0), (State.FINISHED, 1), (State.FAILED, 1)])
+def test_a_stop_is_not_told_where_another_process_goes_on(
+    run: RunDirectory, tmp_path: Path, state: State, told_of: int
+) -> None:
+    mailbox = Mailbox()
+    runner = HookRunner(Hooks(finish=keep(tmp_path), failure=keep(tmp_path)), run, mailbox)
+    runner.start()
+    runner.silence_end()
+    mailbox.put(RunEnded(state=state, reason="", exit_code=int(state is State.FAILED), step=3))
+    assert runner.join(10)
+    assert len(told(tmp_path)) == told_of
+
+
 @pytest.mark.parametrize(("code", "hook"), [(0, "finish"), (1, "failure"), (3, "failure"), (4, "failure")])
 def test_the_exit_code_chooses_the_hook(run: RunDirectory, tmp_path: Path, code: int, hook: str) -> None:
     hooks = Hooks(finish=keep(tmp_path), failure=keep(tmp_path))

@@ -125,6 +125,11 @@ def test_a_wrong_profile_is_refused_before_the_first_starts(start: Callable[...,
     assert "stepz" in errors and errors.count("\n") == 1
     assert not queue.folder.exists()
     assert start().end()[0] == 2
+    vast = ["model.width=16384", "model.layers=200", "model.heads=256", "model.hidden=65536"]
+    code, output, errors = start(tiny, *(word for setting in vast for word in ("--set", setting))).end()
+    assert (code, output) == (2, "")
+    assert "--anyway" in errors and str(tiny) in errors and errors.count("\n") == 1
+    assert not queue.folder.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -189,6 +194,23 @@ def test_a_killed_queue_goes_on_with_the_run_that_was_under_way(start: Callable[
     first, second = run.attempts()
     assert first.state == "training" and second.from_step >= 20 and second.state == "finished"
     assert run.curve("loss")[0].tolist() == list(range(1, 151))
+
+
+def test_a_signal_stops_also_a_run_that_outlived_its_queue(start: Callable[..., Started], tiny: Path) -> None:
+    queue = start(tiny, *LONG)
+    queue.wait_for_step("tiny")
+    queue.process.kill()
+    queue.process.wait()
+    again = start("--continue")
+    assert again.process.stdout is not None
+    again.process.stdout.readline()
+    assert b"waiting for it to end" in again.process.stdout.readline()
+    again.process.send_signal(signal.SIGINT)
+    code, output, errors = again.end()
+    assert (code, errors) == (130, "")
+    assert again.states() == ["interrupted"] and "queue --continue" in output
+    summary = RunDirectory(again.folder / "tiny").summary()
+    assert summary.state == "stopped" and not summary.live
 
 
 def test_a_lost_terminal_ends_neither_run_nor_queue(start: Callable[..., Started], tiny: Path) -> None:
