@@ -17,6 +17,7 @@ from typing import cast
 import psutil
 
 from engine.cores import usable_cores
+from engine.host.mlx_variables import set_default_buffer
 
 REFERENCE_BLAS = "reference"
 ACCELERATE = "Accelerate"
@@ -56,6 +57,7 @@ def _limit_threads() -> None:
 
 
 _limit_threads()
+set_default_buffer()
 BLAS = load_fast_blas()
 
 import mlx.core as mx  # noqa: E402

@@ -263,7 +263,9 @@ class Host(Section):
     buffer_mb: Annotated[
         int | None,
         quantity(
-            "MLX_MAX_MB_PER_BUFFER: smaller command buffers take less memory; MLX's own if absent", unit="MB", ge=1
+            "MLX_MAX_MB_PER_BUFFER: smaller command buffers take less memory; if absent 64 on CUDA, else MLX's own",
+            unit="MB",
+            ge=1,
         ),
     ] = None
 

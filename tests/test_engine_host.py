@@ -1029,6 +1029,20 @@ class TestVariables:
         """
         assert set_in_a_process(script) == ["[] False False", "[] 64 1", "False", "[]"]
 
+    def test_an_nvidia_gpu_has_smaller_buffers(self, tmp_path: Path) -> None:
+        (tmp_path / "driver").touch()
+        script = f"""
+            from pathlib import Path
+            from engine.host.mlx_variables import set_default_buffer
+            set_default_buffer(Path({str(tmp_path / "none")!r}))
+            print("MLX_MAX_MB_PER_BUFFER" in os.environ)
+            set_default_buffer(Path({str(tmp_path / "driver")!r}))
+            print(os.environ["MLX_MAX_MB_PER_BUFFER"], set(Host(buffer_mb=16)), os.environ["MLX_MAX_MB_PER_BUFFER"])
+            set_default_buffer(Path({str(tmp_path / "driver")!r}))
+            print(os.environ["MLX_MAX_MB_PER_BUFFER"])
+        """
+        assert set_in_a_process(script) == ["False", "64 [] 16", "16"]
+
     def test_what_the_user_has_set_stays(self) -> None:
         said, value = set_in_a_process(
             "print(*set(Host(buffer_mb=64))); print(os.environ['MLX_MAX_MB_PER_BUFFER'])", MLX_MAX_MB_PER_BUFFER="200"

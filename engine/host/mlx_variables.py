@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from engine.profile import Host
 
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 BUFFER_MB = "MLX_MAX_MB_PER_BUFFER"
+_NVIDIA = Path("/dev/nvidiactl")
+_CUDA_BUFFER_MB = "64"
+"""MLX's own on CUDA is larger, and a buffer keeps what its kernels have used until all are done: measured on an H200,
+a step of retention-small peaks at 34 instead of 52 GB, with gradient checkpointing at 6 instead of 23, as fast.
+"""
 _OURS = "RETENTION_TUI_SET"
 """Names what was set here, so that a process started from this one does not take it for its user's wish."""
 
@@ -36,6 +42,12 @@ def set_mlx_variables(host: Host) -> list[str]:
         elif wish is not None:
             refusals.append(f"{name}={wish} comes too late: MLX is loaded already; start the run by its own command")
     return refusals
+
+
+def set_default_buffer(driver: Path = _NVIDIA) -> None:
+    """Sets smaller command buffers where there is an NVIDIA GPU and nobody has set any; for who imports MLX."""
+    if BUFFER_MB not in os.environ and driver.exists():
+        _set(BUFFER_MB, _CUDA_BUFFER_MB)
 
 
 def _set(name: str, value: str | None) -> None:

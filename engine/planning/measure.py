@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from engine.errors import UserError
+from engine.host.mlx_variables import set_mlx_variables
 from engine.planning import micro_batch, micro_batches
 from engine.planning.pace import remember
 from engine.profile import Profile
@@ -69,6 +70,7 @@ def measure(profile: Profile, seconds: float = 3.0) -> Measured:
 
 
 def _take_steps(profile: Profile, enough_seconds: float) -> Measured:
+    set_mlx_variables(profile.host)
     from engine.backend import compute_dtype, mx, on_gpu
     from engine.optimizer import learning_rate
     from engine.planning.rehearsal import rehearsal
