@@ -6,11 +6,11 @@ it: it says so when it connects, and the process that trains refuses every comma
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import shlex
 import signal
-import socket
 import sys
 import threading
 import time
@@ -41,15 +41,32 @@ def serve(runs_folder: Path, run_name: str, host: str, port: int) -> int:
         server = _make_server(run, host, port)
     except ModuleNotFoundError as error:
         raise UserError(f"watch --web needs {error.name}; install it with: pip install 'retention-tui[web]'") from None
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise UserError(f"{host}:{port} cannot be served: {error.strerror or error}") from None
     if not _is_loopback(host):
         warning = f"anybody who reaches {host}:{port} can look at this run: there is no password"
         print(f"retention-tui: {warning}", file=sys.stderr)
-    server.serve()
+    try:
+        asyncio.run(_serve(server))
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be served: {error.strerror or error}") from None
     return ExitCode.OK
+
+
+async def _serve(server: Server) -> None:
+    """Until SIGINT or SIGTERM."""
+    from aiohttp import web
+
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, over.set)
+    runner = web.AppRunner(await server._make_app(), access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, server.host, server.port).start()
+        words = f"{server.title}, for looking only, at {server.public_url}; Ctrl+C ends this, and not the run"
+        print(words, flush=True)
+        await over.wait()
+    finally:
+        await runner.cleanup()
 
 
 def _make_server(run: RunDirectory, host: str, port: int) -> Server:
@@ -57,16 +74,12 @@ def _make_server(run: RunDirectory, host: str, port: int) -> Server:
     from textual_serve.server import Server
 
     class LookingServer(Server):
-        """Lets in pages of its own only, and not too many at once; says what it serves in a line."""
+        """Lets in pages of its own only, and not too many at once."""
 
         visitors = 0
 
-        def initialize_logging(self) -> None:
-            """Errors alone go to standard error, as Python does by itself."""
-
         async def on_startup(self, app: web.Application) -> None:
-            words = f"{run.name}, for looking only, at {self.public_url}; Ctrl+C ends this, and not the run"
-            print(words, flush=True)
+            """Says nothing: it is said once it serves."""
 
         async def handle_index(self, request: web.Request) -> Any:
             self.public_url = f"{request.scheme}://{request.host}"  # as the visitor sees it, through whatever tunnel

@@ -1,0 +1,418 @@
+"""Leave and come back: runs in processes of their own, watched and steered from other terminals, by real keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from test_tui_app import click_on, seen, step_shown, until
+from windows import COMMAND, ENTER_SCREEN, LEAVE_SCREEN, Window, wait_for
+
+from engine.commands import Pause, Resume, Stop
+from engine.control_socket import read_address
+from engine.errors import UserError
+from engine.events import Event, State, StateChanged
+from engine.runs import list_runs
+from engine.store import RunDirectory
+from retention_tui import watch
+from retention_tui.app import RetentionApp
+from retention_tui.remote import RemoteClient
+from retention_tui.screens.launcher import Launcher
+from retention_tui.screens.run import RunScreen
+from retention_tui.session import Session
+
+FOR_EVER = 1_000_000
+SMALL = ["model.layers=1", "train.batch_size=4", "validate.every=0", "checkpoint.every=0"]
+
+
+class Elsewhere:
+    """Runs of the tiny profile in processes of their own, and windows and programs that look at them."""
+
+    def __init__(self, profile: Path) -> None:
+        self.profile, self.folder = profile, profile.parent / "runs"
+        self._windows: list[Window] = []
+        self._programs: list[subprocess.Popen[str]] = []
+
+    def words(self, *arguments: str) -> list[str]:
+        return [*COMMAND, *arguments, "--runs-dir", str(self.folder)]
+
+    def run_words(self, *options: str, steps: int = FOR_EVER) -> list[str]:
+        settings = [word for setting in (f"train.steps={steps}", *SMALL) for word in ("--set", setting)]
+        return self.words("run", str(self.profile), *settings, *options)
+
+    def begin(self, steps: int = FOR_EVER) -> RunDirectory:
+        """Starts a run in the background and comes back once it has opened."""
+        settings = [f"train.steps={steps}", *SMALL]
+        return Session(self.folder).start_in_background(str(self.profile), settings).run
+
+    def ask(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.words(*arguments), capture_output=True, text=True, check=False, timeout=60)
+
+    def window(self, words: list[str]) -> Window:
+        window = Window(*words, HOME=str(self.profile.parent))
+        self._windows.append(window)
+        wait_for(lambda: ENTER_SCREEN in window.output or window.process.poll() is not None, "screen")
+        return window
+
+    def windows(self, *arguments: str, count: int) -> list[Window]:
+        """Several at once, which saves time."""
+        windows = [Window(*self.words(*arguments), HOME=str(self.profile.parent)) for _ in range(count)]
+        self._windows += windows
+        wait_for(lambda: all(ENTER_SCREEN in window.output for window in windows), "screens")
+        return windows
+
+    def program(self, *arguments: str) -> subprocess.Popen[str]:
+        program = subprocess.Popen(self.words(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._programs.append(program)
+        return program
+
+    def end(self) -> None:
+        for summary in list_runs(self.folder):
+            if summary.live and (address := read_address(RunDirectory(summary.path))) and address.pid != os.getpid():
+                os.kill(address.pid, signal.SIGKILL)
+        for program in self._programs:
+            program.kill()
+            program.communicate()
+        for window in self._windows:
+            window.process.kill()
+            window.process.wait()
+            window.close()
+
+
+@pytest.fixture
+def elsewhere(tiny: Path) -> Iterator[Elsewhere]:
+    elsewhere = Elsewhere(tiny)
+    yield elsewhere
+    elsewhere.end()
+
+
+@pytest.fixture(scope="module")
+def live(shared_tiny: Path) -> Iterator[Elsewhere]:
+    """With a run `tiny` that trains for ever, for tests that leave it as it is."""
+    elsewhere = Elsewhere(shared_tiny)
+    elsewhere.begin()
+    yield elsewhere
+    elsewhere.end()
+
+
+@pytest.fixture
+def run(live: Elsewhere) -> RunDirectory:
+    return RunDirectory(live.folder / "tiny")
+
+
+@pytest.fixture
+def session(elsewhere: Elsewhere) -> Iterator[Session]:
+    session = Session(elsewhere.folder)
+    yield session
+    session.stop("the test is over")
+    session.finish()
+
+
+def step(run: RunDirectory) -> int:
+    last = run.last("loss")
+    return last[0] if last else 0
+
+
+def state(run: RunDirectory) -> str:
+    return run.summary().state
+
+
+class TestBackground:
+    def test_it_is_shown_and_outlives_its_terminal(self, elsewhere: Elsewhere) -> None:
+        window = elsewhere.window(elsewhere.run_words("--background"))
+        wait_for(lambda: window.shows(b"training"), "screen of the run")
+        run = RunDirectory(elsewhere.folder / "tiny")
+        window.close()
+        assert window.process.wait(30) == 0
+        lost_at = step(run)
+        wait_for(lambda: step(run) > lost_at + 10, "progress")
+        done = elsewhere.ask("control", "tiny", "stop")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"tiny: stopped at step {step(run)}: stopped on request\n"
+        wait_for(lambda: not run.is_live(), "end")
+        assert (run.checkpoints_path / f"step-{step(run):07}" / "state.json").is_file()
+        assert read_address(run) is None
+        assert "Traceback" not in run.log_path.read_text()
+
+    def test_it_has_a_session_of_its_own_and_leaves_no_pipe_behind(self, run: RunDirectory) -> None:
+        address = read_address(run)
+        assert address is not None
+        assert os.getsid(address.pid) == address.pid != os.getsid(0)
+        opened = Path(f"/proc/{address.pid}/fd")
+        if opened.is_dir():  # Linux shows what it has open
+            wait_for(lambda: (opened / "1").resolve() == run.log_path, "log as its output")
+            assert (opened / "0").resolve() == Path(os.devnull)
+            assert (opened / "2").resolve() == run.log_path
+
+    def test_a_start_that_fails_is_one_line_and_its_exit_code(self, elsewhere: Elsewhere) -> None:
+        done = elsewhere.ask("run", str(elsewhere.profile), "--set", "data.files=nowhere", "--background")
+        assert done.returncode == 2
+        assert re.fullmatch(r"retention-tui: data\.files: \S+/nowhere: no such file or folder\n", done.stderr)
+        assert list_runs(elsewhere.folder) == []
+
+
+class TestWatch:
+    def test_two_windows_show_and_steer_one_run(self, elsewhere: Elsewhere) -> None:
+        run = elsewhere.begin()
+        first, second = elsewhere.windows("watch", "tiny", count=2)
+        wait_for(lambda: first.shows(b"training") and second.shows(b"training"), "run in both windows")
+        first.type(b" ")
+        wait_for(lambda: state(run) == "paused" and second.shows(b"paused"), "pause, in the other window too")
+        second.type(b" ")
+        wait_for(lambda: state(run) == "training", "progress")
+        second.type(b"q")
+        assert second.exit_code() == 0 and second.is_restored()
+        assert second.shows(b"tiny goes on; retention-tui watch tiny shows it again")
+        assert run.is_live()
+        first.type(b"s")
+        wait_for(lambda: first.shows(b"Stop tiny?"), "question")
+        first.type(b"s")
+        wait_for(lambda: first.shows(b"stopped on request"), "end")
+        first.type(b"q")
+        assert first.exit_code() == 0 and first.is_restored()
+        assert first.shows(b"tiny: stopped at step", since=first.output.rfind(LEAVE_SCREEN))
+
+    def test_a_killed_run_is_told_in_words_and_can_be_resumed(self, elsewhere: Elsewhere) -> None:
+        run = elsewhere.begin()
+        lines = elsewhere.program("watch", "tiny")
+        window = elsewhere.window(elsewhere.words("watch", "tiny"))
+        wait_for(lambda: window.shows(b"training"), "run")
+        assert lines.stdout is not None and lines.stderr is not None
+        assert lines.stdout.readline() == "loading: data and model\n"
+        address = read_address(run)
+        assert address is not None
+        os.kill(address.pid, signal.SIGKILL)
+        wait_for(lambda: window.shows(b"interrupted"), "word for it")
+        window.type(b"q")
+        words = f"tiny was interrupted: process {address.pid} is gone; retention-tui resume tiny goes on with it"
+        assert window.exit_code() == 2
+        assert window.shows(words.encode(), since=window.output.rfind(LEAVE_SCREEN))
+        assert b"Traceback" not in window.output
+        assert (lines.stderr.read(), lines.wait(30)) == (f"retention-tui: {words}\n", 2)
+        words = r"tiny is not live: it was interrupted at step \d+; retention-tui resume tiny goes on with it"
+        with pytest.raises(UserError, match=words):
+            RemoteClient(run)
+        assert (run.path / "control.sock").is_socket(), "it is left behind"
+        again = RemoteClient(Session(elsewhere.folder).resume_in_background("tiny").run)
+        assert again.pid not in (address.pid, os.getpid())
+        again.close()
+
+    def test_a_run_under_its_own_screen_is_served_also_once_its_terminal_is_gone(self, elsewhere: Elsewhere) -> None:
+        window = elsewhere.window(elsewhere.run_words())
+        run = RunDirectory(elsewhere.folder / "tiny")
+        wait_for(lambda: run.database_path.exists() and step(run) > 3, "progress")
+        client = RemoteClient(run)
+        client.send(Pause())
+        wait_for(lambda: window.shows(b"paused"), "pause on its own screen")
+        window.close()
+        wait_for(lambda: state(run) == "training", "progress: nobody is left at its screen to go on with it")
+        assert client.alive
+        client.send(Stop())
+        assert window.process.wait(30) == 0
+        wait_for(lambda: client.ended, "end")
+        assert client.ended is not None and client.ended.reason == "stopped on request"
+
+    def test_a_reader_that_is_suspended_hears_the_end_once_it_goes_on(self, elsewhere: Elsewhere) -> None:
+        run = elsewhere.begin(steps=150)
+        lines = elsewhere.program("watch", "tiny", "--json")
+        assert lines.stdout is not None
+        while json.loads(lines.stdout.readline())["event"] != "step":
+            pass
+        lines.send_signal(signal.SIGSTOP)
+        assert step(run) < 150
+        wait_for(lambda: not run.is_live(), "end")
+        lines.send_signal(signal.SIGCONT)
+        events = [json.loads(line) for line in lines.stdout.read().splitlines()]
+        assert lines.wait(30) == 0
+        assert [event["step"] for event in events if event["event"] == "step"][-1] == 150
+        assert events[-1]["event"] == "run_ended"
+        words = "run tiny is not live: it finished at step 150; retention-tui show tiny tells of it"
+        with pytest.raises(UserError, match=words):
+            RemoteClient(run)
+
+
+class TestControl:
+    def test_each_command_says_what_came_of_it(self, live: Elsewhere, capsys: pytest.CaptureFixture[str]) -> None:
+        def control(action: str, setting: str | None = None) -> str:
+            assert watch.control(live.folder, "tiny", action, setting) == 0
+            (line,) = capsys.readouterr().out.splitlines()
+            return line
+
+        assert control("pause") == "tiny: paused"
+        assert control("pause") == "tiny is paused already"
+        assert re.fullmatch(r"tiny: Iter \d+: checkpoint saved to \S+ \(0\.\d MB\)", control("checkpoint"))
+        assert re.fullmatch(r"tiny: step \d+ has been saved already", control("checkpoint"))
+        assert re.fullmatch(r"tiny: Iter \d+: Val loss .*", control("validate"))
+        assert control("resume") == "tiny: goes on"
+        assert re.fullmatch(
+            r"tiny: train\.learning_rate = 1e-4 from step [\d,]+ on", control("set", "train.learning_rate=1e-4")
+        )
+        with pytest.raises(UserError, match=r"tiny: train\.learning_rate.* should be a number"):
+            watch.control(live.folder, "tiny", "set", "train.learning_rate=fast")
+        with pytest.raises(UserError, match=r"model\.width cannot be changed"):
+            watch.control(live.folder, "tiny", "set", "model.width=8")
+
+    @pytest.mark.parametrize(
+        ("action", "setting", "reason"),
+        [
+            ("fly", None, "control cannot 'fly'; it can pause, resume"),
+            ("set", None, "needs KEY=VALUE"),
+            ("set", "train.steps", "needs KEY=VALUE"),
+            ("stop", "now", "takes nothing more"),
+        ],
+    )
+    def test_wrong_words_are_one_line(self, tmp_path: Path, action: str, setting: str | None, reason: str) -> None:
+        with pytest.raises(UserError, match=re.escape(reason)):
+            watch.control(tmp_path, "tiny", action, setting)
+
+
+class TestOnTheScreen:
+    async def test_a_run_moves_to_the_background_and_loses_not_a_step(
+        self, session: Session, elsewhere: Elsewhere
+    ) -> None:
+        settings = ["train.steps=100", *SMALL[1:]]
+        Session(elsewhere.folder).start(str(elsewhere.profile), settings, "alone")
+        client = session.start(str(elsewhere.profile), settings, "moved")
+        app = RetentionApp(session, client)
+        async with app.run_test(size=(130, 40)) as pilot:
+            await until(pilot, lambda: step_shown(app) > 5)
+            app.simulate_key("b")
+            await until(pilot, lambda: session.background is not None)
+            await until(pilot, lambda: "● finished" in seen(app))
+            assert session.client is None and session.background is not None
+            assert session.background.pid != os.getpid()
+            assert "Background" not in seen(app)
+            app.simulate_key("3")
+            await until(pilot, lambda: re.search(r"moved goes on at step \d+", seen(app)))
+            assert "it goes on in the background; leaving this screen leaves it alone" in seen(app)
+            assert seen(app).count("moved starts on") == 1
+            app.simulate_key("q")
+            await until(pilot, lambda: not app.is_running)
+        steps, losses = client.run.curve("loss")
+        assert steps.tolist() == list(range(1, 101))
+        alone = RunDirectory(elsewhere.folder / "alone")
+        wait_for(lambda: state(alone) == "finished", "other run")
+        assert losses.tolist() == alone.curve("loss")[1].tolist()
+        assert [attempt.id for attempt in client.run.attempts()] == [1, 2]
+
+    async def test_where_the_background_fails_one_is_told_how_to_go_on(
+        self, session: Session, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = session.start(str(elsewhere.profile), [f"train.steps={FOR_EVER}", *SMALL])
+        app = RetentionApp(session, client)
+        async with app.run_test(size=(160, 40)) as pilot:
+            await until(pilot, lambda: step_shown(app) > 5)
+            monkeypatch.setattr(sys, "executable", "/nowhere/python")
+            app.simulate_key("b")
+            await until(pilot, lambda: "retention-tui resume tiny goes on with it" in seen(app))
+            assert "not in the background: no process could be started" in seen(app)
+            assert "● stopped" in seen(app)
+            app.simulate_key("q")
+            await until(pilot, lambda: not app.is_running)
+        assert client.run.checkpoints_path.is_dir() and not client.run.is_live()
+
+    async def test_the_launcher_starts_in_the_background_and_watches_what_is_live(
+        self, session: Session, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = elsewhere.profile.read_text().replace("steps = 12", f"steps = {FOR_EVER}")
+        elsewhere.profile.write_text(text)
+        monkeypatch.setenv("RETENTION_TUI_PROFILES", str(elsewhere.profile.parent))
+        app = RetentionApp(session)
+        async with app.run_test(size=(130, 40)) as pilot:
+            await until(pilot, lambda: "your own" in seen(app))
+            await click_on(pilot, "tiny")
+            app.simulate_key("b")
+            await until(pilot, lambda: isinstance(app.screen, RunScreen) and step_shown(app) > 3)
+            app.simulate_key("q")
+            await until(pilot, lambda: isinstance(app.screen, Launcher) and "Refresh" in seen(app))
+            assert not session.running
+            await click_on(pilot, "tiny")
+            await until(pilot, lambda: "Enter Watch" in seen(app))
+            left_at = step(RunDirectory(elsewhere.folder / "tiny"))
+            app.simulate_key("enter")
+            await until(pilot, lambda: isinstance(app.screen, RunScreen) and step_shown(app) > left_at)
+            app.simulate_key("s")
+            await until(pilot, lambda: "Stop tiny?" in seen(app))
+            app.simulate_key("s")
+            await until(pilot, lambda: "● stopped" in seen(app))
+            app.simulate_key("q")
+            await until(pilot, lambda: isinstance(app.screen, Launcher))
+            app.simulate_key("q")
+            await until(pilot, lambda: not app.is_running)
+
+    async def test_who_looks_only_sees_all_and_changes_nothing(self, session: Session, run: RunDirectory) -> None:
+        said = len(run.events())
+        client = RemoteClient(run, looks_only=True)
+        app = RetentionApp(session, client)
+        async with app.run_test(size=(130, 40)) as pilot:
+            await until(pilot, lambda: "looking only" in seen(app) and step_shown(app) > 3)
+            for key in ("space", "c", "v", "s", "b"):
+                app.simulate_key(key)
+            here = step_shown(app)
+            await until(pilot, lambda: step_shown(app) > here + 5)
+            app.simulate_key("2")
+            await until(pilot, lambda: "this screen may only look" in seen(app))
+            client.send(Stop())  # as a screen that does not keep to it
+            await until(pilot, lambda: "refused: stop: this watcher may only look" in seen(app))
+            app.simulate_key("escape")
+            app.simulate_key("q")
+            await until(pilot, lambda: not app.is_running)
+        assert state(run) == "training"
+        assert not {event["event"] for event in run.events()[said:]} & {"state", "checkpoint", "validation"}
+
+    def test_a_broken_connection_is_made_again(self, run: RunDirectory) -> None:
+        """As for a watcher that was suspended for so long that it was dropped."""
+        client = RemoteClient(run)
+        client.arrived.wait(10)
+        before, after = client.events(), list[Event]()
+        client._connection.close()
+
+        def hears(state: State) -> bool:
+            after.extend(client.events())
+            return any(isinstance(event, StateChanged) and event.state is state for event in after)
+
+        wait_for(lambda: client.send(Pause()) or hears(State.PAUSED), "pause")
+        client.send(Resume())
+        wait_for(lambda: hears(State.TRAINING), "progress")
+        assert client.alive
+        assert not any(event in before for event in after), "nothing is told twice"
+        client.close()
+
+
+async def test_a_browser_may_look_and_that_is_all(live: Elsewhere, run: RunDirectory) -> None:
+    said = len(run.events())
+    with_port = live.program("watch", "tiny", "--web", "--port", "18437")
+    assert with_port.stdout is not None
+    line = await asyncio.to_thread(with_port.stdout.readline)
+    assert line == "tiny, for looking only, at http://127.0.0.1:18437; Ctrl+C ends this, and not the run\n"
+    page, shown = "http://127.0.0.1:18437", bytearray()
+    async with aiohttp.ClientSession() as browser:
+        for origin in ("http://elsewhere.example", "http://127.0.0.1:1"):
+            with pytest.raises(aiohttp.WSServerHandshakeError):
+                await browser.ws_connect(f"{page}/ws", headers={"Origin": origin})
+        async with browser.get(page) as answer:
+            assert "ws://127.0.0.1:18437/ws" in await answer.text()
+        async with browser.ws_connect(f"{page}/ws?width=130&height=40", headers={"Origin": page}) as terminal:
+            for keys in (b"training", b"", b""):
+                while True:
+                    message = await terminal.receive(timeout=30)
+                    shown += message.data if isinstance(message.data, bytes) else b""
+                    if keys in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", bytes(shown)):
+                        break
+                await terminal.send_json(["stdin", " sc"])
+    assert b"looking only" in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", bytes(shown))
+    here = step(run)
+    wait_for(lambda: step(run) > here + 10, "progress")
+    assert not {event["event"] for event in run.events()[said:]} & {"state", "checkpoint", "validation"}
+    with_port.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(with_port.wait, 30) == 0
+    assert run.is_live()
