@@ -8,8 +8,16 @@ from enum import IntEnum
 class UserError(Exception):
     """Bad usage, profile, data or checkpoint.
 
-    The message is one line for the user: what is wrong, where, and what would be right.
+    The message is one line for the user: what is wrong, where, and what would be right. Whatever it quotes, it stays
+    one line: characters that are not printable are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() else _escaped(char) for char in message))
+
+
+def _escaped(char: str) -> str:
+    return " " if char == "\n" else char.encode("unicode_escape").decode()
 
 
 class ExitCode(IntEnum):

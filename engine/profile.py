@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -230,10 +231,7 @@ class Guard(Section):
     memory: MemoryGuard = MemoryGuard()
     divergence: DivergenceGuard = DivergenceGuard()
     early_stopping: EarlyStopping = EarlyStopping()
-    stop_at: Annotated[
-        str | None,
-        quantity("checkpoint and stop at this time of day, e.g. 07:00", pattern=r"^([01]?\d|2[0-3]):[0-5]\d$"),
-    ] = None
+    stop_at: Annotated[str | None, quantity("checkpoint and stop at this time of day, e.g. 07:00")] = None
     max_hours: Annotated[
         float | None, quantity("checkpoint and stop after so long, pauses included", unit="hours", gt=0)
     ] = None
@@ -241,6 +239,13 @@ class Guard(Section):
     hang_factor: Annotated[
         float, quantity("no progress in so many times the median step is an alarm; 0: never", ge=0)
     ] = 20
+
+    @field_validator("stop_at")
+    @classmethod
+    def _is_a_time(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", value, re.ASCII):
+            raise ValueError("should be a time of day like 07:00")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -256,7 +261,9 @@ class Host(Section):
     """`[host]`: what the machine is asked for while the run trains."""
 
     keep_awake: Annotated[bool, quantity("keep the system from sleeping; its display may")] = True
-    display_sleep: Annotated[bool, quantity("put the display to sleep when the run starts (macOS)")] = False
+    display_sleep: Annotated[
+        bool, quantity("with keep_awake: put the display to sleep when the run starts (macOS)")
+    ] = False
     relax_metal_watchdog: Annotated[
         bool, quantity("set AGX_RELAX_CDM_CTXSTORE_TIMEOUT, for long kernels on macOS; before MLX is loaded")
     ] = False

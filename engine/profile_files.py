@@ -208,7 +208,7 @@ def _describe(problem: ErrorDetails) -> str:
     location = problem["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     if problem["type"] == "extra_forbidden":
-        return f"{key} is not known; {_nearest_key(location)}"
+        return f"{key or repr(key)} is not known; {_nearest_key(location)}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     value = problem["input"]
@@ -243,12 +243,11 @@ def _as_toml(value: Any) -> str:
 
 
 def _nearest_key(location: tuple[int | str, ...]) -> str:
-    """Where an unknown key probably belongs: a name beside it, or the same name in another table."""
+    """Where an unknown key probably belongs: the same name in another table, or a name beside it that is like it."""
     name, siblings = str(location[-1]), _names_at(location[:-1])
-    if not difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE):
-        for table in _tables():
-            if name in _names_at(table):
-                return f"did you mean '{'.'.join([*table, name])}'?"
+    for table in _tables():
+        if name in _names_at(table):
+            return f"did you mean '{'.'.join([*table, name])}'?"
     return _nearest(name, siblings)
 
 

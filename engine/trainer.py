@@ -304,7 +304,8 @@ class Trainer:
         self._go_on_from(checkpoint)
 
     def _diverged(self, step: int, reason: str) -> Outcome:
-        times = f" after going back {self._amendments.rollbacks} times" if self._amendments.rollbacks else ""
+        count = self._amendments.rollbacks
+        times = f" after going back {'once' if count == 1 else f'{count} times'}" if count else ""
         steps = f"{self._divergence.in_a_row} steps in a row were not applied"
         return Outcome(State.FAILED, f"training diverged: {steps}{times}; step {step}: {reason}", ExitCode.DIVERGED)
 
@@ -457,7 +458,7 @@ class Trainer:
         traceback.clear_frames(error.__traceback__)  # their arrays may be what fills the memory
         with contextlib.suppress(Exception):  # the failure itself is what the user has to hear of
             self._answers.end_all("run ended")
-            if self._update.intact:
+            if self._update.intact and self.progress.step:
                 self._checkpoint()
 
     def _warn(self, text: str, level: str = "warning", guard: str = "") -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.commands import Command, Generate
 from engine.errors import ExitCode, UserError
-from engine.events import AnswerEnded, Event, Reading, RunEnded, State, StepCompleted
+from engine.events import Alarm, AnswerEnded, Event, Reading, RunEnded, State, StepCompleted
 from engine.host.mlx_variables import set_mlx_variables
 from engine.journal import Journal
 from engine.profile import Profile
@@ -71,8 +71,8 @@ class Engine:
     """One run in one thread of this process. Make it, subscribe, start it, send it commands, join it.
 
     `resume_from` is None for a new run, `latest`, or a step's number. One that `assists` another process's run says and
-    writes nothing; its `run` is only where other runs are found. `machine` is looked
-    at while it trains: this one if None.
+    writes nothing; its `run` is only where other runs are found. `machine` is looked at while it trains: this one if
+    None. `warning` is what its plan says, for the owner.
     """
 
     def __init__(
@@ -83,12 +83,13 @@ class Engine:
         assists: bool = False,
         machine: Machine | None = None,
         look_every_seconds: float = 1.0,
+        warning: str = "",
     ) -> None:
         self.run, self.profile = run, profile
         self.ended: RunEnded | None = None
         self.joined = threading.Event()
         """Set once this run's ranks have found each other, or will not any more."""
-        self._resume_from, self._assists = resume_from, assists
+        self._resume_from, self._assists, self._warning = resume_from, assists, warning
         self._ranks: Ranks | None = None
         self._inbox: SimpleQueue[Command] = SimpleQueue()
         self._mailboxes: list[Mailbox] = []
@@ -151,6 +152,8 @@ class Engine:
             journal.enter(State.LOADING, "data and model")
             if not self._assists:
                 self._vigil.start()
+            if self._warning:
+                journal.say(Alarm(level="warning", text=self._warning, guard="plan"))
             trainer = Trainer(self.run, self.profile, ranks, journal, self._inbox, self._vigil, self._resume_from)
             outcome = trainer.train()
         except UserError as error:

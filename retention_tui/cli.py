@@ -79,8 +79,6 @@ def run(
     if attend.is_helper_rank():
         raise SystemExit(attend.assist(session, lambda: session.assist(profile, overrides or (), name)))
     attend.launch(session, lambda: session.start(profile, overrides or (), name, anyway))
-    if session.warning:
-        print(f"retention-tui: {session.warning}", file=sys.stderr)
     raise SystemExit(attend.attend(session, no_screen, as_json))
 
 

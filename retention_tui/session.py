@@ -66,8 +66,6 @@ class Session:
         """How the last run ended, once it was waited for."""
         self.background: Background | None = None
         """The last run that was started in the background."""
-        self.warning = ""
-        """What the last run's plan warns of, in one line."""
         self.on_launch: Callable[[RunDirectory], None] = lambda run: None
         """Called with each run just before it starts, on whatever thread starts it."""
         self._engine: Engine | None = None
@@ -85,10 +83,10 @@ class Session:
         """Starts a new run of a profile, `anyway` also where it cannot fit. Raises `UserError` in one line."""
         resolved = load_profile(profile, overrides)
         set_mlx_variables(resolved.host)  # before anything loads MLX; the run says what of it could not be
-        self.warning = _foresee(resolved, anyway)
+        warning = _foresee(resolved, anyway)
         with self._starting_alone():
             run = create_run(self.runs_folder, find_profile(profile).stem, _identity(resolved), name)
-            return self._launch(run, resolved, None)
+            return self._launch(run, resolved, None, warning)
 
     def resume(self, run: str, which: str = "latest") -> LocalClient:
         """Goes on with a run from its latest checkpoint or another step. Raises `UserError` in one line."""
@@ -193,11 +191,11 @@ class Session:
         finally:
             self._starting.release()
 
-    def _launch(self, run: RunDirectory, profile: Profile, resume_from: str | None) -> LocalClient:
+    def _launch(self, run: RunDirectory, profile: Profile, resume_from: str | None, warning: str = "") -> LocalClient:
         with self._owning:
             self._lock = RunLock(run)
             self._new = resume_from is None
-            self._engine = Engine(run, profile, resume_from)
+            self._engine = Engine(run, profile, resume_from, warning=warning)
             self.client = LocalClient(self._engine)
             hooks = HookRunner(self._hooks, run, self._engine.subscribe()) if self._hooks.commands() else None
             self._hook_runner = hooks

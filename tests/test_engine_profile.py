@@ -167,11 +167,22 @@ class TestOverrides:
             ("model.kv_heads=3", "model: kv_heads = 3 does not divide heads = 8"),
             ("train.micro_batch_size=64", "train: micro_batch_size = 64 is larger than batch_size = 32"),
             ("data.heldout_fraction=1", "data.heldout_fraction = 1: should be less than 1"),
+            ("guard.stop_at=25:00", "guard.stop_at = '25:00': should be a time of day like 07:00"),
+            ("guard.red_seconds=5", "guard.red_seconds is not known; did you mean 'guard.memory.red_seconds'?"),
+            (
+                "guard.memory.patience=5",
+                "guard.memory.patience is not known; did you mean 'guard.early_stopping.patience'?",
+            ),
             ("kind=lora", "kind = 'lora': should be 'retention-lm'"),
         ],
     )
     def test_what_is_wrong_and_what_would_be_right(self, tmp_path: Path, override: str, expected: str) -> None:
         assert refusal(write(tmp_path, MINIMAL), override) == f"mine.toml: {expected}"
+
+
+def test_a_run_of_the_first_release_keeps_its_guard(tmp_path: Path) -> None:
+    profile = load_profile(str(write(tmp_path, MINIMAL + "[guard]\nnan_steps = 5\n")))
+    assert (profile.guard.divergence.skips, profile.guard.divergence.rollbacks) == (4, 0)
 
 
 class TestFiles:

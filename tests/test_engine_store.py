@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.events import Notice
+from engine.events import Level, Notice, Reading
 from engine.runs import DAMAGED, RunLock, create_run, list_runs
 from engine.store import SCHEMA_VERSION, RunDirectory, StoreWriter
 
@@ -190,3 +190,35 @@ def test_a_value_of_the_step_that_an_attempt_goes_on_from_is_on_the_curve(run: R
     store.close()
     assert run.curve("val_loss")[0].tolist() == [3]
     assert run.curve("loss")[1].tolist() == [1.0, 2.0, 3.0, 40.0]
+
+
+def test_readings_come_back_as_they_were(run: RunDirectory) -> None:
+    known = Reading(
+        time=2.0, level=Level.YELLOW, cause="of tests", limit_bytes=1, available_bytes=0, swap_bytes=3, heat="fair",
+        stalled_percent=0.5, gpu_bytes=4, gpu_limit_bytes=5, process_bytes=6, on_mains=False, battery_percent=7.5,
+        lid_closed=True,
+    )  # fmt: skip
+    unknown = Reading(time=1.0)
+    writer = StoreWriter(run)
+    for reading in (known, unknown):
+        writer.record_reading(reading)
+    assert writer.flush() is None
+    assert run.readings() == [unknown, known]
+    assert run.readings(since=1.5) == [known]
+    writer.close()
+
+
+def test_a_store_of_the_first_release_is_read_and_gone_on_with(run: RunDirectory) -> None:
+    writer = StoreWriter(run)
+    writer.begin_attempt(0, 10)
+    writer.record(1, {"loss": 1.5})
+    writer.close()
+    with contextlib.closing(sqlite3.connect(run.database_path)) as database:
+        database.executescript("DROP TABLE host; PRAGMA user_version = 1;")
+    assert run.last("loss") == (1, 1.5) and run.readings() == []
+    writer = StoreWriter(run)
+    writer.begin_attempt(1, 10)
+    writer.record_reading(Reading(time=1.0))
+    writer.record(2, {"loss": 1.25})
+    writer.close()
+    assert run.last("loss") == (2, 1.25) and len(run.readings()) == 1
