@@ -17,6 +17,7 @@ import pytest
 from windows import COMMAND, ENTER_SCREEN, LEAVE_SCREEN, Window, wait_for
 
 from engine.store import RunDirectory
+from retention_tui.visits import last_look
 
 FOR_EVER = 1_000_000
 SMALLER = ["model.layers=1", "model.heads=1", "train.batch_size=4", "validate.every=0", "checkpoint.every=0"]
@@ -227,9 +228,16 @@ class TestTheLauncher:
         assert window.exit_code() == 128 + signal.SIGTERM
         assert window.is_restored()
 
-    def test_it_ends_with_its_window(self, window: Window) -> None:
+    def test_it_ends_with_its_window_and_what_happened_is_still_news(self, window: Window, tmp_path: Path) -> None:
         window.close()
         assert window.process.wait(30) == 0
+        assert last_look(tmp_path / "runs") < time.time() - 3600
+
+    def test_what_was_there_when_one_left_is_no_news(self, window: Window, tmp_path: Path) -> None:
+        before = time.time()
+        window.type(b"q")
+        assert window.exit_code() == 0
+        assert before <= last_look(tmp_path / "runs") <= time.time()
 
 
 class TestLoss:

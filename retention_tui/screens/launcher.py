@@ -359,6 +359,7 @@ class Launcher(Screen[None]):
                 client.close()
             else:
                 self._say("")
+                self.action_dismiss_news()
                 screen = RunScreen(client, home=True, move=self._session.move_to_background)
                 self.app.push_screen(screen, self._back)
         finally:
