@@ -59,6 +59,7 @@ class Life:
         self.runs = folder / "runs"
         self.run = RunDirectory(self.runs / "hurt")
         self.damaged: set[Path] = set()
+        self._waiting = self.run.path / "waiting.json"
         self._new = new_run(profile, "hurt", settings)
         self._said, self._errors = folder / "said", folder / "errors"
         self._process: subprocess.Popen[bytes] | None = None
@@ -76,7 +77,8 @@ class Life:
         """
         self._may_fail = may_fail
         attempts = self.run.attempts() if self.run.path.exists() else []
-        self._cut_off = bool(attempts) and attempts[-1].state not in ("finished", "stopped", "failed")
+        ended = bool(attempts) and attempts[-1].state in ("finished", "stopped", "failed")
+        self._cut_off = bool(attempts) and not ended and not self._waiting.exists()
         self._intact = {item.step for item in self.checkpoints() if item.path not in self.damaged}
         self._log_before = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
         self._heard_bytes, self._heard = 0, []
@@ -195,8 +197,7 @@ class Life:
         lost += [f"step {step} is gone" for step in sorted(kept) if step not in whole]
         steps = self.run.curve("loss")[0].tolist()
         assert steps == list(range(1, len(steps) + 1)), f"steps on the curve: {steps}"
-        waiting = (self.run.path / "waiting.json").exists()
-        assert waiting or len(steps) >= max(whole, default=0), "a checkpoint is newer than the curve"
+        assert self._waiting.exists() or len(steps) >= max(whole, default=0), "a checkpoint is newer than the curve"
         return lost
 
 
