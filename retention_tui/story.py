@@ -29,7 +29,8 @@ class News:
 
 
 def while_away(runs_folder: Path) -> list[News]:
-    """What happened to the runs of a folder since somebody last looked, the newest first. Reads the disk."""
+    """What happened to the runs of a folder since somebody last looked: the gravest first, then the newest.
+    Reads the disk."""
     since, news = last_look(runs_folder), []
     for path in runs_folder.glob("[!.]*"):
         run = RunDirectory(path)
@@ -38,7 +39,8 @@ def while_away(runs_folder: Path) -> list[News]:
                 news.append(told)
         except (UserError, KeyError, TypeError, ValueError, OSError):  # damaged; the list of runs says so
             continue
-    return sorted(news, key=lambda item: item.time, reverse=True)
+    gravity = [Weight.GOOD, Weight.PLAIN, Weight.WARNING, Weight.CRITICAL]
+    return sorted(news, key=lambda item: (max(1, gravity.index(item.weight)), item.time), reverse=True)
 
 
 def befallen(story: Report, since: float, now: float | None = None) -> News | None:

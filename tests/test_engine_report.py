@@ -184,18 +184,17 @@ class TestWhileAway:
         remember_look(tmp_path, "night")
         assert while_away(tmp_path) == []
 
-    def test_the_newest_comes_first_and_a_look_is_remembered_by_folder(self, tmp_path: Path) -> None:
-        for folder in ("here", "there"):
-            for name in ("one", "two"):
-                told = Told(tmp_path / folder, name)
-                store = told.attempt(0, 0)
-                store.set_state(State.FINISHED)
+    def test_the_gravest_and_then_the_newest_comes_first_and_a_look_is_of_one_folder(self, tmp_path: Path) -> None:
+        for name, state in (("one", State.FAILED), ("two", State.FINISHED), ("three", State.STOPPED)):
+            for folder in ("here", "there"):
+                store = Told(tmp_path / folder, name).attempt(0, 0)
+                store.set_state(state)
                 store.close()
-                time.sleep(0.01)
-        assert [news.text.split()[0] for news in while_away(tmp_path / "here")] == ["two", "one"]
+            time.sleep(0.01)
+        assert [news.text.split()[0] for news in while_away(tmp_path / "here")] == ["one", "three", "two"]
         remember_look(tmp_path / "here")
         assert while_away(tmp_path / "here") == []
-        assert len(while_away(tmp_path / "there")) == 2
+        assert len(while_away(tmp_path / "there")) == 3
         assert while_away(tmp_path / "nowhere") == []
 
     @pytest.mark.parametrize("damage", ["", "[]", '{"x": 3}', '{"%s": {"folder": "soon", "runs": []}}'])

@@ -193,8 +193,8 @@ class Launcher(Screen[None]):
         self._write_news()
 
     def _write_news(self) -> None:
-        """A heading, and a line for each of as many runs as there is room for, the newest first."""
-        width, room = self.size.width - 4, min(4, max(1, self.size.height // 8))
+        """A heading, and a line for each of as many runs as there is room for."""
+        width, room = self.size.width - 4, min(4, max(2, self.size.height // 8))
         shown = self._news[: room - (len(self._news) > room)]
         clocks = [wording.clock(item.time) for item in shown]
         column = max((len(clock) for clock in clocks), default=0)
