@@ -191,7 +191,8 @@ class RunEnded(Event):
 
 def to_json(event: Event) -> str:
     """One line of JSON with a key `event` naming the kind; NaN and infinities become strings, as JSON has none."""
-    return json.dumps({"event": event.kind, **plain(dataclasses.asdict(event))}, ensure_ascii=False, allow_nan=False)
+    fields = {field.name: plain(getattr(event, field.name)) for field in dataclasses.fields(event)}
+    return json.dumps({"event": event.kind, **fields}, ensure_ascii=False, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
