@@ -41,9 +41,9 @@ from retention_tui.screens.help import Help
 from retention_tui.screens.run import RunScreen
 from retention_tui.session import Session
 from retention_tui.story import News, while_away
+from retention_tui.theme import FAINT
 from retention_tui.visits import remember_look
 from retention_tui.widgets.details import CURVES, Details, state_colour
-from retention_tui.widgets.header import FAINT
 from retention_tui.widgets.keybar import KeyBar
 
 _PLAN_AFTER_SECONDS = 0.4

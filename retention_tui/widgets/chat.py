@@ -15,7 +15,7 @@ from textual.widgets import Input, Static
 
 from engine.commands import CancelGeneration, Command, Generate
 from engine.events import AnswerEnded, AnswerStarted, AnswerText, Event
-from retention_tui.widgets.header import FAINT
+from retention_tui.theme import FAINT
 from retention_tui.wording import printable
 
 ANSWERS_KEPT = 100

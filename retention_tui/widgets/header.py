@@ -11,7 +11,7 @@ from textual.widget import Widget
 from engine.events import Level, State
 from retention_tui import wording
 from retention_tui.progress import Progress, Trend
-from retention_tui.theme import FAINT as FAINT  # noqa: PLC0414
+from retention_tui.theme import FAINT
 from retention_tui.widgets.machine import machine_line, memory_in_short, pressure
 
 STATE_COLOURS = {
