@@ -19,7 +19,7 @@ from retention_tui.screens.run import RunScreen
 from retention_tui.session import Session
 
 _WIDGETS = ("chart", "chat", "details", "happening", "header", "keybar", "log", "monitor", "plan")
-_SCREENS = ("help", "launcher", "quit", "run")
+_SCREENS = ("help", "launcher", "quit", "run", "setting")
 
 
 class RetentionApp(App[str]):

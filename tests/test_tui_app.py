@@ -22,6 +22,7 @@ from retention_tui.app import RetentionApp
 from retention_tui.screens.launcher import Launcher
 from retention_tui.screens.quit import Question
 from retention_tui.screens.run import RunScreen
+from retention_tui.screens.setting import SettingQuestion
 from retention_tui.session import Session
 from retention_tui.story import while_away
 from retention_tui.visits import last_look
@@ -262,6 +263,26 @@ async def test_checkpoint_and_validation_by_key_button_and_palette(session: Sess
     assert {path.name for path in saved.iterdir()} >= {
         f"step-{event['step']:07d}" for event in stored_events(session, "checkpoint")
     }
+
+
+async def test_the_learning_rate_is_changed_while_it_trains(session: Session, tiny: Path) -> None:
+    client = session.start(str(tiny), ENDLESS)
+    app = RetentionApp(session, client)
+    async with app.run_test(size=(110, 34)) as pilot:
+        await until(pilot, lambda: step_shown(app) > 2)
+        await pilot.press("l")
+        await until(pilot, lambda: "checkpoint.every_minutes" in seen(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: "train.learning_rate: to what?" in seen(app))
+        await pilot.press(*"1e-4", "enter")
+        await until(pilot, lambda: not isinstance(app.screen, SettingQuestion))
+        await until(pilot, lambda: "1.00e-04" in seen(app))
+        await pilot.press("l")
+        await until(pilot, lambda: isinstance(app.screen, SettingQuestion))
+        await pilot.press("escape")
+        await until(pilot, lambda: not isinstance(app.screen, SettingQuestion))
+    assert client.run.identity()["amendments"][0]["key"] == "train.learning_rate"
+    assert len(client.run.identity()["amendments"]) == 1
 
 
 async def test_a_chat_streams_while_training_goes_on_and_an_answer_can_be_cancelled(

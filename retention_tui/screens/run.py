@@ -13,7 +13,7 @@ from textual.screen import Screen
 from textual.widgets import Input, TabbedContent, TabPane
 from textual.worker import get_current_worker
 
-from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
+from engine.commands import Checkpoint, Command, Pause, Resume, Set, Stop, Validate
 from engine.errors import UserError
 from engine.events import Alarm, AnswerEnded, AnswerText, Event, Reading, RunEnded, RunOpened, State, StepCompleted
 from retention_tui.client import Client, ConnectionLost
@@ -23,6 +23,7 @@ from retention_tui.marks import Mark, load_marks
 from retention_tui.progress import Entry, Progress, empty_history, load_entries, load_history
 from retention_tui.screens.help import Help
 from retention_tui.screens.quit import QuitQuestion, StopQuestion
+from retention_tui.screens.setting import SettingQuestion
 from retention_tui.widgets.chat import Chat
 from retention_tui.widgets.happening import Happening
 from retention_tui.widgets.header import RunHeader
@@ -34,7 +35,7 @@ from retention_tui.widgets.plan import PlanPage
 POLL_SECONDS = 1 / 8
 NUMBERS_SECONDS = 1 / 2
 CHARTS_SECONDS = 1.0  # a round of charts costs some 20 ms, which training would feel if it came more often
-STEERING = {"pause", "checkpoint", "validate", "stop"}
+STEERING = {"pause", "checkpoint", "validate", "set", "stop"}
 """Ids of the keys that mean nothing once the run has ended, or where one may only look."""
 
 Move = Callable[[bool], Client | None]
@@ -52,6 +53,7 @@ class RunScreen(Screen[None]):
         Binding("space", "pause", "Pause ", key_display="Space", id="pause", tooltip="Pause or go on"),
         Binding("c", "checkpoint", "Checkpoint", id="checkpoint", tooltip="Save the last completed step now"),
         Binding("v", "validate", "Validate", id="validate", tooltip="Measure the held-out loss now"),
+        Binding("l", "set", "Learning rate", id="set", tooltip="Change the learning rate, or another setting"),
         Binding("s", "stop", "Stop", id="stop", tooltip="End the run with a checkpoint"),
         Binding("b", "background", "Background", id="background", tooltip="Go on in a process of its own"),
         Binding("n", "next_chart", "Chart", id="next", tooltip="Make the next chart the large one"),
@@ -224,6 +226,13 @@ class RunScreen(Screen[None]):
 
     def action_validate(self) -> None:
         self._ask(Validate(), "a validation was asked for")
+
+    def action_set(self) -> None:
+        def answered(setting: Set | None) -> None:
+            if setting is not None:
+                self._ask(setting, f"{setting.key} = {setting.value} was asked for")
+
+        self.app.push_screen(SettingQuestion(), answered)
 
     def action_stop(self) -> None:
         def answered(choice: str | None) -> None:
