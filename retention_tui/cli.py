@@ -174,7 +174,7 @@ def queue(
         raise UserError("queue: give it profiles in a row, or --continue for the one that was stopped")
     record = unfinished_queue(runs_dir) if go_on else new_queue(runs_dir, profiles or (), overrides or (), anyway)
     if record is None:
-        print(f"nothing is left to do of the newest queue in {runs_dir}")
+        print(f"nothing is left to do of the queues in {runs_dir}")
     else:
         raise SystemExit(Queue(record, runs_dir).work())
 

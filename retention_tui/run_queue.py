@@ -116,12 +116,10 @@ def new_queue(
 
 
 def unfinished_queue(runs_folder: Path) -> Record | None:
-    """The newest queue of a folder if something of it is left. Raises `UserError` where its file is damaged."""
-    paths = sorted(runs_folder.glob("queue-*.json"), key=lambda path: path.stat().st_mtime)
-    if not paths:
-        return None
-    record = Record.load(paths[-1].absolute())
-    return record if any(entry.left for entry in record.entries) else None
+    """The newest queue of a folder of which something is left. Raises `UserError` where a file is damaged."""
+    paths = sorted(runs_folder.glob("queue-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    records = (Record.load(path.absolute()) for path in paths)
+    return next((record for record in records if any(entry.left for entry in record.entries)), None)
 
 
 class Queue:
@@ -325,7 +323,10 @@ def _last_attempt(run: RunDirectory) -> Attempt | None:
 
 def _told_exit_code(run: RunDirectory) -> int | None:
     """The exit code of a process that was not ours, as its run has recorded it."""
-    ends = [event for event in run.events() if event["event"] == "run_ended"]
+    try:
+        ends = [event for event in run.events() if event["event"] == "run_ended"]
+    except UserError:
+        return None
     return ends[-1]["exit_code"] if ends else None
 
 

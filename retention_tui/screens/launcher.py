@@ -51,7 +51,8 @@ _PLAN_AFTER_SECONDS = 0.4
 
 KINDS = {"retention-lm": "language models"}
 """What the kinds of runs are called in the list; an unknown one is called what it is."""
-REFRESH_SECONDS = 3.0
+REFRESH_SECONDS, REFRESH_SHARE = 3.0, 0.05
+"""How often the lists are read, and what part of the time that may take at most."""
 NEWS_COLOURS = {
     Weight.PLAIN: "$foreground",
     Weight.GOOD: "$foreground",
@@ -105,6 +106,7 @@ class Launcher(Screen[None]):
         self._plans: dict[str, Table] = {}
         self._order: list[str] = []
         self._detailed = ""
+        self._refresh_at = 0.0
         self._news: list[News] = []
         self._busy = self._quitting = False
 
@@ -133,7 +135,7 @@ class Launcher(Screen[None]):
     # What there is, read in threads
 
     def _refresh_if_shown(self) -> None:
-        if self.is_current and not self._busy:
+        if self.is_current and not self._busy and time.monotonic() >= self._refresh_at:
             self._read_lists()
 
     def action_refresh(self) -> None:
@@ -144,7 +146,9 @@ class Launcher(Screen[None]):
 
     @work(thread=True, exclusive=True, group="lists", exit_on_error=False)
     def _read_lists(self) -> None:
+        began = time.monotonic()
         profiles, runs = list_profiles(), list_runs(self._session.runs_folder)
+        self._refresh_at = began + (time.monotonic() - began) / REFRESH_SHARE
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._show_lists, profiles, runs)
 
