@@ -26,7 +26,7 @@ SETTINGS = {
     **{"checkpoint.every": 6, "checkpoint.keep": KEEP},
 }
 """Of runs that are as small and write as often as can be."""
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 120
 DISK_BYTES = 4_000_000
 COLUMNS = ("step", "loss", "grad_norm", "val_loss", "val_bits_per_byte", "trained_tokens", "learning_rate")
 

@@ -345,7 +345,7 @@ class Campaign:
         return "\n".join([*lines, f"in {self.lives} runs of {STEPS} steps, {time.monotonic() - self._began:.0f} s"])
 
 
-@pytest.mark.timeout(120 + 10 * FAULTS)
+@pytest.mark.timeout(400 + 10 * FAULTS)
 def test_runs_that_are_hurt_end_like_one_that_was_left_alone(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
