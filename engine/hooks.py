@@ -114,13 +114,13 @@ class HookRunner:
         command = self._commands.get(hook)
         if command is None:
             return
-        summary = self._summary(event, count)
+        summary, folder = self._summary(event, count), str(self._run.path.absolute())
         told = {
             **plain(self._known),
             **json.loads(to_json(event)),
             "hook": hook,
             "run": self._run.name,
-            "directory": str(self._run.path),
+            "directory": folder,
             "summary": summary,
         }
         if earlier is not None:
@@ -128,7 +128,7 @@ class HookRunner:
         variables = {
             "RETENTION_TUI_HOOK": hook,
             "RETENTION_TUI_RUN": self._run.name,
-            "RETENTION_TUI_RUN_DIRECTORY": str(self._run.path),
+            "RETENTION_TUI_RUN_DIRECTORY": folder,
             "RETENTION_TUI_SUMMARY": summary,
         }
         line = json.dumps(told, ensure_ascii=False, allow_nan=False) + "\n"

@@ -219,14 +219,15 @@ class TestConfig:
 
 class TestTheCommand:
     def start(self, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [*COMMAND, "run", str(profile), "--headless", "--runs-dir", str(profile.parent / "runs"), *options]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        command = [*COMMAND, "run", str(profile), "--headless", "--runs-dir", "runs", *options]
+        return subprocess.run(command, cwd=profile.parent, capture_output=True, text=True, check=False, timeout=60)
 
     def test_the_process_waits_for_the_hook_of_the_end(self, config: Path, tiny: Path, tmp_path: Path) -> None:
         config.write_text(f'[hooks]\nfinish = "sleep 1; {keep(tmp_path)}; echo told"')
         done = self.start(tiny, "--set", "train.steps=2")
         assert (done.returncode, done.stderr) == (0, "")
         (event,) = told(tmp_path)
+        assert event["directory"] == str(tmp_path / "runs" / "tiny")
         assert event["step"] == 2 and event["val_loss"] == event["best_val_loss"] > 0
         log = (tmp_path / "runs" / "tiny" / "log.txt").read_text()
         assert "hook finish | told" in log.splitlines()[-1]
