@@ -53,7 +53,7 @@ class RunScreen(Screen[None]):
         Binding("space", "pause", "Pause ", key_display="Space", id="pause", tooltip="Pause or go on"),
         Binding("c", "checkpoint", "Checkpoint", id="checkpoint", tooltip="Save the last completed step now"),
         Binding("v", "validate", "Validate", id="validate", tooltip="Measure the held-out loss now"),
-        Binding("l", "set", "Learning rate", id="set", tooltip="Change the learning rate, or another setting"),
+        Binding("l", "set", "Set", id="set", tooltip="Change the learning rate, or another setting"),
         Binding("s", "stop", "Stop", id="stop", tooltip="End the run with a checkpoint"),
         Binding("b", "background", "Background", id="background", tooltip="Go on in a process of its own"),
         Binding("n", "next_chart", "Chart", id="next", tooltip="Make the next chart the large one"),
