@@ -103,22 +103,23 @@ def eater(group: Group) -> Iterator[Eater]:
 
 
 @pytest.fixture
-def life(tiny: Path, tmp_path: Path, group: Group) -> Iterator[Life]:
-    life = Life(tmp_path / "life", tiny, SETTINGS | AT_ONCE)
+def life(shared_tiny: Path, tmp_path: Path, group: Group) -> Iterator[Life]:
+    life = Life(tmp_path / "life", shared_tiny, SETTINGS | AT_ONCE)
     yield life
     life.put_down()
 
 
-def losses_alone(tiny: Path, tmp_path: Path, until: int) -> list[float]:
-    """Of the same run with room to spare."""
-    alone = Life(tmp_path / "alone", tiny, SETTINGS)
-    alone.start()
-    alone.until_steps(until)
-    alone.kill()
-    return alone.run.curve("loss")[1].tolist()[:until]
+@pytest.fixture(scope="module")
+def alone(shared_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The first losses of the same run with room to spare."""
+    life = Life(tmp_path_factory.mktemp("alone") / "life", shared_tiny, SETTINGS)
+    life.start()
+    life.until_steps(80)
+    life.kill()
+    return life.run.curve("loss")[1].tolist()
 
 
-def test_the_guard_acts_before_the_limit(life: Life, group: Group, eater: Eater, tiny: Path, tmp_path: Path) -> None:
+def test_the_guard_acts_before_the_limit(life: Life, group: Group, eater: Eater, alone: list[float]) -> None:
     life.start(under=group.join())
     life.until_steps(3)
     eater.leave(int(LIMIT_BYTES * 0.08))
@@ -135,13 +136,13 @@ def test_the_guard_acts_before_the_limit(life: Life, group: Group, eater: Eater,
     life.end(128 + 15)
     assert group.killed() == 0
     assert life.check() == []
-    losses = life.run.curve("loss")[1]
-    compared = min(taken, 60)
-    assert losses[:compared].tolist() == pytest.approx(losses_alone(tiny, tmp_path, compared), abs=1e-4)
+    losses = life.run.curve("loss")[1].tolist()
+    compared = min(len(losses), len(alone))
+    assert losses[:compared] == pytest.approx(alone[:compared], abs=1e-4)
 
 
 def test_where_the_kernel_kills_all_the_same_the_run_goes_on_whole(
-    life: Life, group: Group, eater: Eater, tiny: Path, tmp_path: Path
+    life: Life, group: Group, eater: Eater, alone: list[float]
 ) -> None:
     """In one gulp, faster than anything that looks once a second."""
     life.start(under=group.join())
@@ -159,4 +160,6 @@ def test_where_the_kernel_kills_all_the_same_the_run_goes_on_whole(
     life.end(128 + 15)
     assert life.check() == []
     losses = life.run.curve("loss")[1].tolist()
-    assert losses[: newest + 5] == losses_alone(tiny, tmp_path, newest + 5)
+    compared = min(len(losses), len(alone))
+    assert len(losses) >= newest + 5
+    assert losses[:compared] == alone[:compared]
