@@ -152,9 +152,10 @@ class Life:
         with self._said.open("rb") as said:
             said.seek(self._heard_bytes)
             for line in said:
-                if line.endswith(b"\n"):
-                    self._heard_bytes += len(line)
-                    self._heard.append(json.loads(line))
+                if not line.endswith(b"\n"):
+                    break  # half a line: its other half would pass for a line of its own
+                self._heard_bytes += len(line)
+                self._heard.append(json.loads(line))
         return [event for event in self._heard if event["event"] == kind]
 
     def alarms(self) -> str:
