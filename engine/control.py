@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.commands import CancelGeneration, Command, Generate
-from engine.control_socket import address_path, bind, peer_uid, remove_stale_socket
+from engine.control_socket import SOCKET_NAME, address_path, bind, peer_uid, remove_stale_socket
 from engine.durable import write_json
 from engine.events import Event, RunEnded
 from engine.store import RunDirectory
@@ -85,7 +85,7 @@ class ControlServer:
 
     def _listen(self) -> None:
         self._listener.setblocking(False)
-        self._path = bind(self._listener, self._run.path / "control.sock")
+        self._path = bind(self._listener, self._run.path / SOCKET_NAME)
         self._path.chmod(0o600)  # nobody can have connected: it does not listen yet
         self._listener.listen(WATCHERS)
         write_json(address_path(self._run), {"format": 1, "path": str(self._path), "pid": os.getpid()})

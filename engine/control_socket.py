@@ -18,6 +18,7 @@ from engine.commands import Command
 from engine.store import RunDirectory
 from engine.wire import LONGEST_COMMAND_BYTES, LONGEST_EVENT_BYTES, PROTOCOL, Lines, WireError, command_to_json, parse
 
+SOCKET_NAME = "control.sock"
 LONGEST_PATH_BYTES = 103  # macOS has room for 104 with the zero at the end, Linux for 108
 _FOLDER_PREFIX = "retention-tui-"
 _PATIENCE_SECONDS = 5.0
@@ -39,7 +40,8 @@ def read_address(run: RunDirectory) -> Address | None:
     """Where a run says that it is served; it may be out of date. None where it does not say so."""
     try:
         known = json.loads(address_path(run).read_text(encoding="utf-8"))
-        return Address(Path(known["path"]), int(known["pid"]))
+        path, pid = Path(known["path"]), int(known["pid"])
+        return Address(path, pid) if path.name == SOCKET_NAME else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -50,10 +52,10 @@ def remove_stale_socket(run: RunDirectory) -> None:
         with contextlib.suppress(OSError):  # nothing but what is surely ours: a run may come from a stranger
             about, folder = old.path.lstat(), old.path.parent
             ours = stat.S_ISSOCK(about.st_mode) and about.st_uid == os.geteuid()
-            if ours and old.path.name == "control.sock" and folder.name.startswith(_FOLDER_PREFIX):
+            if ours and folder.name.startswith(_FOLDER_PREFIX):
                 old.path.unlink()
                 folder.rmdir()
-    for name in ("control.sock", address_path(run).name):
+    for name in (SOCKET_NAME, address_path(run).name):
         with contextlib.suppress(OSError):
             (run.path / name).unlink(missing_ok=True)
 

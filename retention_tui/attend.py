@@ -62,7 +62,7 @@ def show(session: Session, watched: RemoteClient | None = None) -> int:
     if session.client is None:
         if failed:
             sys.stderr.write(terminal.printed())
-        if session.background is not None and session.background.run.is_live():
+        if watched is None and session.background is not None and session.background.run.is_live():
             print(in_background(session.background))
         return finish(session) or (ExitCode.DEFECT if failed else ExitCode.OK)
     if (choice == "detach" or failed) and not session.interrupted:
@@ -81,8 +81,8 @@ def show(session: Session, watched: RemoteClient | None = None) -> int:
     return code
 
 
-def in_background(background: Background) -> str:
-    """One line: what to do about a run that was started in the background."""
+def in_background(background: Background | RemoteClient) -> str:
+    """One line: what can be done about a run of another process."""
     name = background.run.name
     return (
         f"{name} trains in the background, process {background.pid}: "

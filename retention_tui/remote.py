@@ -11,7 +11,7 @@ from typing import Any
 from engine.commands import Command, Generate
 from engine.control_socket import Connection, read_address
 from engine.errors import UserError
-from engine.events import Alarm, AnswerEnded, Event, RunEnded, State
+from engine.events import Alarm, AnswerEnded, Event, Notice, RunEnded, State
 from engine.store import RunDirectory
 from engine.wire import WireError, read_event
 from engine.worker import Mailbox
@@ -83,10 +83,12 @@ class RemoteClient:
         if "refused" in message:
             self._mailbox.put(Alarm(level="warning", text=f"refused: {message['refused']}"))
             return
-        event = read_event(message)
-        known = self._past > 0 and event.time <= self._newest  # told again after the connection was made again
-        self._past = max(0, self._past - 1)
-        if not known:
+        past, self._past = self._past > 0, max(0, self._past - 1)
+        try:
+            event = read_event(message)
+        except WireError as error:  # the releases differ
+            event = Notice(text=f"not understood: {error}")
+        if not (past and event.time <= self._newest):  # else told again after the connection was made again
             self._newest = max(self._newest, event.time)
             self._mailbox.put(event)
         if not self._past:

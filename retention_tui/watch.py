@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,8 +47,12 @@ def start(session: Session, begin: Callable[[], Background], *, no_screen: bool,
     shown = not (no_screen or as_json) and attend.has_terminal()
     if shown:
         print("starting in the background…", flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a start that is given up ends its process
     try:
         background = begin()
+    except KeyboardInterrupt:
+        print("retention-tui: given up; nothing was started", file=sys.stderr)
+        return 128 + signal.SIGINT
     except StartFailed as failure:
         print(f"retention-tui: {failure}", file=sys.stderr)
         return failure.exit_code
@@ -136,7 +141,7 @@ def _say_end(client: RemoteClient, code: int, told: bool = False) -> int:
         print(f"retention-tui: {client.lost.text}", file=sys.stderr)
         return ExitCode.BAD_INPUT
     if client.ended is None:
-        print(f"{name} goes on; retention-tui watch {name} shows it again")
+        print(attend.in_background(client))
         return ExitCode.OK
     if client.ended.exit_code != ExitCode.OK:
         print(f"retention-tui: {name}: {describe(client.ended)}", file=sys.stderr)

@@ -481,6 +481,8 @@ class TestTheSocketItself:
         precious.parent.mkdir()
         precious.write_text("not a socket")
         run = make()
+        (run.run.path / "control.json").write_text(json.dumps({"format": 1, "path": "/elsewhere.sock", "pid": 1}))
+        assert read_address(run.run) is None
         (run.run.path / "control.json").write_text(json.dumps({"format": 1, "path": str(precious), "pid": 1}))
         with pytest.raises(WireError, match="no socket of yours"):
             run.connect()

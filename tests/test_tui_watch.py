@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from retention_tui.remote import RemoteClient
 from retention_tui.screens.launcher import Launcher
 from retention_tui.screens.run import RunScreen
 from retention_tui.session import Session
+from retention_tui.web import serve
 
 FOR_EVER = 1_000_000
 SMALL = ["model.layers=1", "train.batch_size=4", "validate.every=0", "checkpoint.every=0"]
@@ -154,7 +156,7 @@ class TestWatch:
         wait_for(lambda: step(run) > lost_at + 10, "progress without its first window")
         second.type(b"q")
         assert second.exit_code() == 0 and second.is_restored()
-        assert second.shows(b"tiny goes on; retention-tui watch tiny shows it again")
+        assert second.shows(b"tiny trains in the background", since=second.output.rfind(LEAVE_SCREEN))
         done = elsewhere.ask("control", "tiny", "stop")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == f"tiny: stopped at step {step(run)}: stopped on request\n"
@@ -370,31 +372,36 @@ class TestOnTheScreen:
         client.close()
 
 
+def test_what_the_browser_needs_is_said_where_it_is_not_there(live: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "textual_serve.server", None)
+    with pytest.raises(UserError, match=re.escape("pip install 'retention-tui[web]'")):
+        serve(live.folder, "tiny", "127.0.0.1", 8000)
+
+
 async def test_a_browser_may_look_and_that_is_all(live: Elsewhere, run: RunDirectory) -> None:
     said = len(run.events())
-    with_port = live.program("watch", "tiny", "--web", "--port", "18437")
-    assert with_port.stdout is not None
-    line = await asyncio.to_thread(with_port.stdout.readline)
-    assert line == "tiny, for looking only, at http://127.0.0.1:18437; Ctrl+C ends this, and not the run\n"
-    page, shown = "http://127.0.0.1:18437", bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = live.program("watch", "tiny", "--web", "--port", f"{port}")
+    assert server.stdout is not None
+    page, shown = f"http://127.0.0.1:{port}", bytearray()
+    line = await asyncio.to_thread(server.stdout.readline)
+    assert line == f"tiny, for looking only, at {page}; Ctrl+C ends this, and not the run\n"
     async with aiohttp.ClientSession() as browser:
         for origin in ("http://elsewhere.example", "http://127.0.0.1:1"):
             with pytest.raises(aiohttp.WSServerHandshakeError):
                 await browser.ws_connect(f"{page}/ws", headers={"Origin": origin})
         async with browser.get(page) as answer:
-            assert "ws://127.0.0.1:18437/ws" in await answer.text()
+            assert f"ws://127.0.0.1:{port}/ws" in await answer.text()
         async with browser.ws_connect(f"{page}/ws?width=130&height=40", headers={"Origin": page}) as terminal:
-            for keys in (b"training", b"", b""):
-                while True:
-                    message = await terminal.receive(timeout=30)
-                    shown += message.data if isinstance(message.data, bytes) else b""
-                    if keys in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", bytes(shown)):
-                        break
-                await terminal.send_json(["stdin", " sc"])
-    assert b"looking only" in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", bytes(shown))
+            while not re.search(rb"training.+looking only", re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", bytes(shown))):
+                shown += await terminal.receive_bytes(timeout=30)
+            for keys in (" ", "c", "s", "s"):
+                await terminal.send_json(["stdin", keys])
+                shown += await terminal.receive_bytes(timeout=30)
     here = step(run)
     wait_for(lambda: step(run) > here + 10, "progress")
     assert not {event["event"] for event in run.events()[said:]} & {"state", "checkpoint", "validation"}
-    with_port.send_signal(signal.SIGINT)
-    assert await asyncio.to_thread(with_port.wait, 30) == 0
+    server.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(server.wait, 30) == 0
     assert run.is_live()
