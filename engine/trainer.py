@@ -170,7 +170,7 @@ class Trainer:
             case Verdict.SKIP:
                 self._warn(f"step {step}: {judgement.reason}: the update was not applied", guard="divergence")
             case Verdict.GO_BACK:
-                self._go_back(step, judgement.reason)
+                return self._go_back(step, judgement.reason)
             case Verdict.STOP:
                 return self._diverged(step, judgement.reason)
         return None
@@ -291,17 +291,20 @@ class Trainer:
         verdict = Verdict(self._ranks.decide(judgement.verdict))  # only rank 0 knows of the steps before a resume
         return Judgement(verdict, judgement.reason)
 
-    def _go_back(self, step: int, reason: str) -> None:
-        """Goes on from a good checkpoint before the trouble, with a lower learning rate."""
-        checkpoint = None
+    def _go_back(self, step: int, reason: str) -> Outcome | None:
+        """Goes on from a good checkpoint before the trouble, with a lower learning rate; if there is such a one."""
+        last_good, checkpoint = self._ranks.decide(step - self._divergence.in_a_row), None
         if self._ranks.chief:
-            checkpoint = find_good_checkpoint(self._run, step - self._divergence.in_a_row, self._warn)
+            checkpoint = find_good_checkpoint(self._run, last_good, self._warn)
         to_step = self._ranks.decide(checkpoint.step if checkpoint else 0)
+        if to_step >= last_good:  # the same weights would meet the same trouble
+            return self._diverged(step, reason)
         self._try_to_amend(lambda: self._amendments.go_back(to_step, reason))
         scale = self._amendments.learning_rate_scale(to_step + 1)
         text = f"step {step}: {reason}: going back to step {to_step}, with {scale:g} of the learning rate"
         self._warn(text, "critical", "divergence")
         self._go_on_from(checkpoint)
+        return None
 
     def _diverged(self, step: int, reason: str) -> Outcome:
         count = self._amendments.rollbacks
