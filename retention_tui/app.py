@@ -33,7 +33,7 @@ class RetentionApp(App[str]):
         *(f"widgets/{name}.tcss" for name in _WIDGETS),
         *(f"screens/{name}.tcss" for name in _SCREENS),
     ]
-    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (64, "-narrow"), (100, "-normal"), (120, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (64, "-narrow"), (100, "-normal"), (126, "-wide")]
     VERTICAL_BREAKPOINTS = [(0, "-flat"), (10, "-short"), (30, "-tall")]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q,ctrl+c", "quit", "Quit", show=False, system=True),
