@@ -80,7 +80,7 @@ class RunHeader(Widget):
         state = self._state()
         left = Content.assemble(state, " " * max(1, _DOT_WIDTH + 2 - state.cell_length), (self._run, "bold"))
         if progress.over:
-            left += Content.styled(f" · {progress.reason}", FAINT)
+            left += Content.styled(f" · {progress.reason}" if progress.reason else "", FAINT)
             opened = None
         about = [opened.task, f"{wording.thousands(opened.parameters)} parameters", opened.device] if opened else []
         for part in about:
