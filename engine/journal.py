@@ -22,7 +22,8 @@ from engine.events import (
     StepCompleted,
 )
 from engine.lines import LineWriter
-from engine.store import RunDirectory, StoreWriter
+from engine.store import RunDirectory
+from engine.store_writer import StoreWriter
 
 _NOT_STORED = (StepCompleted, AnswerStarted, AnswerText, AnswerEnded)
 

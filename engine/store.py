@@ -1,26 +1,21 @@
 """The run directory and its SQLite file: the truth about a run.
 
-    runs/NAME/run.json        identity: resolved profile, versions, machine; written before data or model are touched
-    runs/NAME/run.sqlite      attempts, metrics and events (WAL; `PRAGMA user_version` is the schema's version)
-    runs/NAME/waiting.json    rows that run.sqlite has not taken yet, if any (engine.waiting)
-    runs/NAME/checkpoints/    see engine.checkpoint
-    runs/NAME/log.txt         what was said, and whatever libraries printed
-    runs/NAME/lock            held with flock by the process that trains (engine.runs)
-
-A run that is resumed goes on in a new *attempt*. The view `curve` is the current line: the newest attempt, before it
-its parent up to the step where it began, and so on; rows that were left behind stay in the file.
+runs/NAME/run.json        identity: resolved profile, versions, machine; written before data or model are touched
+runs/NAME/run.sqlite      attempts, metrics and events (WAL; engine.schema has its tables)
+runs/NAME/waiting.json    rows that run.sqlite has not taken yet, if any (engine.waiting)
+runs/NAME/checkpoints/    see engine.checkpoint
+runs/NAME/log.txt         what was said, and whatever libraries printed
+runs/NAME/lock            held with flock by the process that trains (engine.runs)
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import math
 import sqlite3
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,51 +25,10 @@ from numpy.typing import NDArray
 
 from engine.durable import write_json
 from engine.errors import UserError
-from engine.events import Event, Level, Reading, State, to_json
-from engine.waiting import Row, WaitingRows
+from engine.events import Level, Reading, State
+from engine.schema import READINGS, schema_version
 
 RUN_FORMAT = 1
-SCHEMA_VERSION = 2
-_PATIENCE_MILLISECONDS = 200  # training waits meanwhile, and rows can wait in memory
-_LAST_PATIENCE_MILLISECONDS = 5000
-_RETRY_SHARE = 0.05  # of the time, at most, for tries in vain: what waits grows, and so does a try
-_READINGS = tuple(field.name for field in dataclasses.fields(Reading) if field.name != "time")
-_HOST = f"CREATE TABLE host (time REAL PRIMARY KEY, {', '.join(_READINGS)}) WITHOUT ROWID;"
-_SCHEMA = f"""
-CREATE TABLE attempt (
-    id INTEGER PRIMARY KEY, parent INTEGER REFERENCES attempt, from_step INTEGER NOT NULL, total_steps INTEGER NOT NULL,
-    started REAL NOT NULL, ended REAL, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '');
-CREATE TABLE metric (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-CREATE TABLE value (
-    attempt INTEGER NOT NULL REFERENCES attempt, step INTEGER NOT NULL, metric INTEGER NOT NULL REFERENCES metric,
-    value REAL, is_nan INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (attempt, metric, step)) WITHOUT ROWID;
-CREATE TABLE event (
-    id INTEGER PRIMARY KEY, attempt INTEGER REFERENCES attempt, time REAL NOT NULL, kind TEXT NOT NULL,
-    body TEXT NOT NULL);
-{_HOST}
-CREATE VIEW line AS
-    WITH RECURSIVE line(attempt, from_step, until_step) AS (
-        SELECT id, from_step, 9223372036854775807 FROM attempt WHERE id = (SELECT max(id) FROM attempt)
-        UNION ALL
-        SELECT parent.id, parent.from_step, min(line.from_step, line.until_step)
-        FROM line JOIN attempt child ON child.id = line.attempt JOIN attempt parent ON parent.id = child.parent)
-    SELECT * FROM line;
-CREATE VIEW curve AS
-    SELECT value.step, metric.name, value.value, value.is_nan FROM line
-    JOIN value ON value.attempt = line.attempt AND value.step > line.from_step AND value.step <= line.until_step
-    JOIN metric ON metric.id = value.metric;
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
-
-_STATEMENTS = {  # each may be carried out twice
-    "attempt": "INSERT OR IGNORE INTO attempt (id, parent, from_step, total_steps, started, state) "
-    "VALUES (?, ?, ?, ?, ?, ?)",
-    "state": "UPDATE attempt SET state = ?, reason = ?, ended = ? WHERE id = ?",
-    "metric": "INSERT OR IGNORE INTO metric (id, name) VALUES (?, ?)",
-    "value": "INSERT OR REPLACE INTO value (attempt, step, metric, value, is_nan) VALUES (?, ?, ?, ?, ?)",
-    "event": "INSERT OR IGNORE INTO event (id, attempt, time, kind, body) VALUES (?, ?, ?, ?, ?)",
-    "reading": f"INSERT OR REPLACE INTO host (time, {', '.join(_READINGS)}) VALUES (?{', ?' * len(_READINGS)})",
-}
 
 
 @dataclass(frozen=True)
@@ -210,9 +164,9 @@ class RunDirectory:
     def readings(self, since: float = 0.0) -> list[Reading]:
         """What was read of the machine from a moment on (seconds since the epoch), oldest first."""
         with self.reader() as database:
-            if database is None or _schema_version(database, self.database_path) < 2:
+            if database is None or schema_version(database, self.database_path) < 2:
                 return []
-            query = f"SELECT time, {', '.join(_READINGS)} FROM host WHERE time >= ? ORDER BY time"
+            query = f"SELECT time, {', '.join(READINGS)} FROM host WHERE time >= ? ORDER BY time"
             return [_reading(row) for row in database.execute(query, (since,))]
 
     def attempts(self) -> list[Attempt]:
@@ -267,150 +221,13 @@ class RunDirectory:
         try:
             place = f"file:{_uri_path(self.database_path)}?mode=ro"
             with contextlib.closing(sqlite3.connect(place, uri=True, timeout=10)) as database:
-                yield database if _schema_version(database, self.database_path) else None
+                yield database if schema_version(database, self.database_path) else None
         except sqlite3.Error as error:
             raise UserError(f"{self.database_path} cannot be read: {error}") from None
 
 
-class StoreWriter:
-    """The only writer of run.sqlite, owned by one thread.
-
-    Rows wait in memory until SQLite has taken them, so that a full disk costs little but memory until there is room
-    again: `flush` says what went wrong and is simply called again later. What SQLite still refuses when a checkpoint is
-    written, or at the end, waits in a file beside it. Raises `UserError` for a file that is damaged or from a newer
-    release, and where what has waited is still refused.
-    """
-
-    def __init__(self, run: RunDirectory) -> None:
-        self._path = run.database_path
-        self._waiting = WaitingRows(run.path)
-        self._pending: list[Row] = self._waiting.take(_STATEMENTS)
-        self._problem: str | None = None
-        self._retry_at = 0.0
-        self.attempt = self._parent = self._from_step = 0
-        try:
-            self._database = sqlite3.connect(run.database_path, timeout=10, isolation_level=None)
-            version = _schema_version(self._database, run.database_path)
-            if version == 0:
-                self._database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-            elif version == 1:
-                self._database.executescript(f"BEGIN; {_HOST} PRAGMA user_version = 2; COMMIT;")
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            self._database.execute(f"PRAGMA busy_timeout = {_PATIENCE_MILLISECONDS}")
-            if problem := self._write():
-                raise UserError(f"{run.database_path} cannot be written: {problem}")
-            self._metrics: dict[str, int] = dict(self._database.execute("SELECT name, id FROM metric").fetchall())
-            self._events: int = self._database.execute("SELECT coalesce(max(id), 0) FROM event").fetchone()[0]
-        except sqlite3.Error as error:
-            raise UserError(f"{run.database_path} cannot be used: {error}") from None
-
-    def begin_attempt(self, from_step: int, total_steps: int, newest_known: int = 0) -> int:
-        """Starts an attempt that goes on from `from_step` of the current line; returns its id (1 for the first).
-
-        It is newer than all stored attempts and than `newest_known`, whose row may have been lost.
-        """
-        took = "SELECT attempt FROM line WHERE from_step < ? AND until_step >= ?"
-        try:
-            stored = self._database.execute("SELECT max(id) FROM attempt").fetchone()[0]
-            row = self._database.execute(took, (from_step, from_step)).fetchone()
-        except sqlite3.Error as error:
-            raise UserError(f"{self._path} cannot be read: {error}") from None
-        parent = max(stored or 0, self.attempt) or None  # this writer's last one may be waiting still
-        self.attempt = max(parent or 0, newest_known) + 1
-        self._from_step, self._parent = from_step, row[0] if row else self.attempt
-        self._add("attempt", self.attempt, parent, from_step, total_steps, time.time(), str(State.LOADING))
-        return self.attempt
-
-    def set_state(self, state: State, reason: str = "") -> None:
-        """Records the attempt's state; a final one ends it."""
-        ended = time.time() if state.final else None
-        self._add("state", str(state), reason, ended, self.attempt)
-
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds values of `step` to the attempt that took it; a NaN is kept as such."""
-        attempt = self.attempt if step > self._from_step else self._parent
-        for name, value in metrics.items():
-            if name not in self._metrics:
-                self._metrics[name] = len(self._metrics) + 1
-                self._add("metric", self._metrics[name], name)
-            self._add("value", attempt, step, self._metrics[name], float(value), int(math.isnan(value)))
-
-    def record_event(self, event: Event) -> None:
-        self._events += 1
-        self._add("event", self._events, self.attempt or None, event.time, event.kind, to_json(event))
-
-    def record_reading(self, reading: Reading) -> None:
-        """Adds what was read of the machine; of two readings of one moment the later one stays."""
-        self._add("reading", reading.time, *(getattr(reading, name) for name in _READINGS))
-
-    def flush(self) -> str | None:
-        """Writes what is waiting, in one transaction. Returns None, or why it could not be written yet.
-
-        After a failure it tries again only some time later.
-        """
-        if self._problem and time.monotonic() < self._retry_at:
-            return self._problem
-        return self._write()
-
-    def _write(self) -> str | None:
-        started, self._problem = time.monotonic(), None
-        if not self._pending:
-            return None
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
-            for name, values in self._pending:
-                self._database.execute(_STATEMENTS[name], values)
-            self._database.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.execute("ROLLBACK")
-            now = time.monotonic()
-            self._problem, self._retry_at = str(error), now + (now - started) / _RETRY_SHARE
-            return self._problem
-        self._pending.clear()
-        self._waiting.forget()
-        return None
-
-    def settle(self) -> str | None:
-        """As `flush`, and puts all of it on the medium, in run.sqlite itself: a lost log (`-wal`) costs none of it.
-
-        Never waits for a reader: where one is in the way, what remains is on the medium in the log alone.
-        """
-        if problem := self._write():
-            self._waiting.keep(self._pending)
-            return problem
-        try:
-            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        except sqlite3.Error as error:
-            return str(error)
-        return None
-
-    def close(self) -> str | None:
-        """Writes what is waiting, now with patience. Returns None, or why not, and what becomes of it."""
-        problem: str | None = "it cannot be closed"
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._database):
-            self._database.execute(f"PRAGMA busy_timeout = {_LAST_PATIENCE_MILLISECONDS}")
-            problem = self._write()
-        if not self._pending:
-            return None
-        kept = self._waiting.keep(self._pending)
-        fate = "waits in waiting.json until the run goes on" if kept else "is lost"
-        return f"{problem}; what waited for it in memory {fate}"
-
-    def _add(self, statement: str, *values: Any) -> None:
-        self._pending.append((statement, values))
-
-
-def _schema_version(database: sqlite3.Connection, path: Path) -> int:
-    version: int = database.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise UserError(f"{path} has schema {version}; this release reads up to {SCHEMA_VERSION}")
-    return version
-
-
 def _reading(row: tuple[Any, ...]) -> Reading:
-    values = dict(zip(("time", *_READINGS), row, strict=True))
+    values = dict(zip(("time", *READINGS), row, strict=True))
     flags = {name: None if values[name] is None else bool(values[name]) for name in ("on_mains", "lid_closed")}
     return Reading(**{**values, **flags, "level": None if values["level"] is None else Level(values["level"])})
 

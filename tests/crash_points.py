@@ -20,7 +20,8 @@ from engine.backend import mx
 from engine.checkpoint import Checkpoint, list_checkpoints, newest_attempt, prune_checkpoints, save_checkpoint
 from engine.events import State
 from engine.runs import RunLock, create_run, find_run
-from engine.store import RunDirectory, StoreWriter
+from engine.store import RunDirectory
+from engine.store_writer import StoreWriter
 
 mx.set_default_device(mx.cpu)  # what a GPU holds does not survive a fork
 KEEP, EVERY = 1, 2

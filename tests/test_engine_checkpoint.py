@@ -22,7 +22,8 @@ from engine.checkpoint import (
 )
 from engine.errors import UserError
 from engine.runs import create_run
-from engine.store import RunDirectory, StoreWriter
+from engine.store import RunDirectory
+from engine.store_writer import StoreWriter
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from engine.errors import UserError
 from engine.events import Alarm, Level, Notice, Reading, RunEnded, RunOpened, State, StateChanged
 from engine.report import INTERRUPTED, report
 from engine.runs import create_run
-from engine.store import RunDirectory, StoreWriter
+from engine.store import RunDirectory
+from engine.store_writer import StoreWriter
 from retention_tui.progress import Weight
 from retention_tui.story import befallen, page, while_away
 from retention_tui.visits import last_look, remember_look

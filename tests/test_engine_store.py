@@ -15,7 +15,9 @@ import pytest
 from engine.errors import UserError
 from engine.events import Level, Notice, Reading
 from engine.runs import DAMAGED, RunLock, create_run, list_runs
-from engine.store import SCHEMA_VERSION, RunDirectory, StoreWriter
+from engine.schema import SCHEMA_VERSION
+from engine.store import RunDirectory
+from engine.store_writer import StoreWriter
 
 IDENTITY = {"profile": {"kind": "retention-lm"}}
 
