@@ -81,6 +81,40 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings: dict
     assert made.components["trained_weights"] == measured.trained_weight_bytes == measured.gradient_bytes
 
 
+@pytest.mark.parametrize(
+    ("name", "micro", "length", "switch_over", "checkpointing", "measured_mb"),
+    [
+        ("retention-ultra-tiny", 32, 128, 1024, False, 245),
+        ("retention-ultra-tiny", 16, 2048, 1024, True, 840),
+        ("demo", 64, 128, 1024, False, 822),
+        ("retention-tiny", 8, 256, 1024, False, 2_900),
+        ("retention-tiny", 32, 1024, 1024, False, 19_624),
+        ("retention-tiny", 8, 2048, 1024, True, 2_527),
+        ("retention-small", 1, 256, 1024, False, 3_046),
+        ("retention-small", 16, 1024, 1024, False, 34_178),
+        ("retention-small", 16, 1024, 1024, True, 6_937),
+        ("retention-small", 16, 1024, 256, False, 20_871),
+        ("retention-small", 16, 2048, 1024, True, 8_257),
+        ("retention-small", 1, 8192, 1024, False, 13_063),
+    ],
+)
+def test_the_peaks_measured_on_an_h200_are_foreseen(
+    name: str, micro: int, length: int, switch_over: int, checkpointing: bool, measured_mb: int
+) -> None:
+    settings = {"batch_size": 2 * micro, "micro_batch_size": micro, "sequence_length": length}
+    changed = [f"train.{key}={value}" for key, value in settings.items()]
+    changed += [f"model.switch_over={switch_over}", f"train.gradient_checkpointing={str(checkpointing).lower()}"]
+    made = plan(shipped(name, *changed), capacity=ROOMY, setting=Setting(gpu=True, compute_bytes=2, buffer_mb=64))
+    assert made.predicted_peak_bytes / 1e6 == pytest.approx(measured_mb, rel=0.1)
+
+
+def test_smaller_command_buffers_keep_less_in_flight() -> None:
+    profile = shipped("retention-tiny")
+    large, small = (plan(profile, capacity=ROOMY, setting=Setting(gpu=True, buffer_mb=size)) for size in (64, 10))
+    assert small.predicted_peak_bytes < 0.6 * large.predicted_peak_bytes
+    assert "activations" in small.components
+
+
 def test_components_add_up_to_the_peak_and_to_the_need() -> None:
     made = on_cpu(shipped("retention-tiny"))
     assert made.predicted_peak_bytes == sum(size for name, size in made.components.items() if name in IN_MLX)

@@ -50,6 +50,15 @@ def set_default_buffer(driver: Path = _NVIDIA) -> None:
         _set(BUFFER_MB, _CUDA_BUFFER_MB)
 
 
+def buffer_mb(host: Host) -> int | None:
+    """What MLX_MAX_MB_PER_BUFFER is in a process that takes a profile's wishes; None is MLX's own."""
+    present = os.environ.get(BUFFER_MB, "")
+    ours = f"{BUFFER_MB}={present}" in os.environ.get(_OURS, "").split()
+    if host.buffer_mb is not None and (ours or not present):
+        return host.buffer_mb
+    return int(present) if present.isdecimal() else None
+
+
 def _set(name: str, value: str | None) -> None:
     ours = [entry for entry in os.environ.get(_OURS, "").split() if not entry.startswith(f"{name}=")]
     if value is None:

@@ -30,6 +30,8 @@ class Setting:
     compute_bytes: int = 4
     """Of a number in the dtype of the computation: 4 or 2."""
     ranks: int = 1
+    buffer_mb: int = 64
+    """MLX_MAX_MB_PER_BUFFER, on GPUs: engine.planning.in_flight."""
 
 
 @dataclass(frozen=True)

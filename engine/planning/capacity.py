@@ -8,9 +8,13 @@ from engine.backend import compute_dtype, device_words, mx, on_gpu
 from engine.cores import ranks_launched
 from engine.events import Level
 from engine.host import this_machine
+from engine.host.mlx_variables import buffer_mb
 from engine.host.signs import room
 from engine.planning import Setting
 from engine.profile import Profile
+
+_METAL_BUFFER_MB = 50
+"""MLX's own on Apple's larger chips, 40 on smaller ones; where there is CUDA, engine.host.mlx_variables sets one."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ def this_capacity() -> Capacity:
 
 def this_setting(profile: Profile) -> Setting:
     """Where and in what dtype this machine would compute a profile's steps."""
-    return Setting(gpu=on_gpu(), compute_bytes=compute_dtype(profile.train.dtype).size, ranks=ranks_launched())
+    return Setting(
+        gpu=on_gpu(),
+        compute_bytes=compute_dtype(profile.train.dtype).size,
+        ranks=ranks_launched(),
+        buffer_mb=buffer_mb(profile.host) or _METAL_BUFFER_MB,
+    )
 
 
 def gigabytes(count: float) -> str:

@@ -5,8 +5,9 @@ while a layer's gradients are made depends on how far MLX runs ahead of the devi
 when its operation is queued. Those few factors are measured (MLX 0.32 on CPU, float32; 170 shapes, from one layer to
 twelve, 64 to 1,024 tokens, vocabularies of 300 to 100,000): tests/benchmarks/plan_accuracy.py shows how well they hold.
 
-Assumed on GPUs, and not measured: the same arrays, those outside of the op and of the loss in bfloat16 beside float32
-weights; and that a chunk of the loss begins when the one before it is done.
+On GPUs (bfloat16 beside float32 weights, compiled) fewer arrays are made, because elementwise operations are fused, but
+more are alive, because command buffers in flight hold them (`engine.planning.in_flight`). Those factors are measured
+with MLX 0.32 on an H200, 110 shapes; with buffers of 64 and of 50 "MB", about as large as Metal's own.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from engine.planning import (
     micro_batch,
     micro_batches,
 )
+from engine.planning.in_flight import BUFFERS, arrays_read, buffer_numbers, in_flight_bytes
 from engine.profile import Profile
 
 _BLOCK = 32
@@ -45,6 +47,10 @@ _FULL_CHUNKS_AHEAD, _HALF_CHUNKS_AHEAD = 1, 1
 """On CPU MLX queues about fifty operations, two and a half chunks of the loss: the second one has all its arrays
 already, the third a half of them."""
 
+_LOGITS_MADE, _LOGITS_READ = 5, 12
+"""GPU: arrays of float32 as large as a chunk's logits that it makes in all (logits and slopes once more as half a one,
+in bfloat16), and how often one of them is read: that decides how many chunks are in flight."""
+
 _MLP_GRADIENTS = 6.0
 """Arrays of the MLP's inner size while its gradients are made: those of its five, and one ahead."""
 
@@ -54,11 +60,28 @@ _SCORE_GRADIENTS, _BLOCK_GRADIENTS, _WIDE_GRADIENTS = 2.65, 6.5, 10.6
 _FEATURE_GRADIENTS, _CHUNK_SCORE_GRADIENTS, _CHUNKED_WIDE_GRADIENTS = 4.6, 0.9, 9.7
 """Chunked form, the same: arrays of the expanded queries and of the scores of one chunk, and of the width."""
 
+_INNER_KEPT, _INNER_KEPT_FUSED = 5.0, 3.0
+"""Arrays of the MLP's inner size that are kept: gate, up, sigmoid, silu, product; fused on GPUs: gate, up, product."""
+
+_FUSED_GRADIENTS = 0.4
+"""GPU, attention form: what making a layer's gradients takes beside, as a share of what the layer has kept. As much as
+the rest again, all that it kept, may be in flight."""
+
+_CHUNK_GRADIENTS, _CHUNK_IN_FLIGHT = 4.6, 5.4
+"""GPU, chunked form: arrays of one chunk's expanded queries and scores, alive, and more of them in flight."""
+
 _RECOMPUTED_AHEAD = 1.15
 """With gradient checkpointing the recomputation of the next layer begins a little before a layer is done."""
 
 _FORWARD_LEFT = 0.8
 """Of the last layer's arrays, those not yet freed when the loss begins."""
+
+_FORWARD_IN_FLIGHT, _FORWARD_IN_FLIGHT_RECOMPUTED = 1.0, 1.3
+"""GPU: what the forward pass leaves in flight, as a share of what the layers keep: arrays that it kept not, and where
+they are computed again, also those that it would have kept. They share room with the loss that follows: """
+
+_BESIDE_LOSS = 0.25
+"""of the buffers that the loss does not fill, the share that is still held when it is at its peak."""
 
 _LARGEST_IN_UPDATE, _MATRICES_IN_UPDATE = 2, 8
 """Arrays that the optimizer has at once beside old and new weights: of the embedding, or of the MLP's matrices."""
@@ -76,6 +99,8 @@ class _Layer:
     """What making its gradients takes beside."""
     left: float
     """What is left of it for a while when the forward pass has gone on."""
+    in_flight: float = 0.0
+    """How much of `working` is only in flight on a GPU."""
 
 
 def parameters(profile: Profile) -> int:
@@ -101,24 +126,25 @@ def moments(profile: Profile, setting: Setting) -> list[Moment]:
         OPTIMIZER: 2 * weights,
         DATA: 4.0 * sequences * (time + 2),
     }
+    loss = _logits(tokens, shape, setting)
+    recomputed = train.gradient_checkpointing or _is_chunked(shape, time)
+    left = _left_in_flight(shape, layer, tokens, setting, train.gradient_checkpointing) if setting.gpu else layer.left
+    # The loss takes what room the layer leaves in flight; what is computed again gives it time to end.
+    loss_still = min(loss, max(0.0, in_flight_bytes(setting) - layer.in_flight)) * (0.5 if recomputed else 1.0)
+    ahead = _RECOMPUTED_AHEAD if train.gradient_checkpointing and not setting.gpu else 1.0
     if train.gradient_checkpointing:
         kept, states = inputs * shape.layers, 0.0
-        once, state_once = layer.activations + _RECOMPUTED_AHEAD * layer.working, layer.states
+        once, state_once = layer.activations + ahead * layer.working, layer.states
     else:
         kept, states = layer.activations * shape.layers, layer.states * shape.layers
         once, state_once = layer.working, 0.0
-    last = layer.working if not train.gradient_checkpointing else _RECOMPUTED_AHEAD * layer.working
     largest = max(_LARGEST_IN_UPDATE * embedding, _MATRICES_IN_UPDATE * 4.0 * shape.width * _hidden(shape))
+    made_anew = min(max(weights + largest, in_flight_bytes(setting)), 3 * weights)
     return [
         _moment(
             "loss",
             always,
-            {
-                GRADIENTS: summed + embedding,
-                ACTIVATIONS: kept + layer.left,
-                STATES: states,
-                LOGITS: _logits(tokens, shape.vocab_size, setting),
-            },
+            {GRADIENTS: summed + embedding, ACTIVATIONS: kept + left, STATES: states, LOGITS: loss},
         ),
         _moment(
             "backward, last layer",
@@ -126,15 +152,16 @@ def moments(profile: Profile, setting: Setting) -> list[Moment]:
             {
                 GRADIENTS: summed + embedding + layer_weights,
                 ACTIVATIONS: kept + once,
+                LOGITS: loss_still,
                 STATES: states + state_once,
             },
         ),
         _moment(
             "backward, first layer",
             always,
-            {GRADIENTS: summed + weights, ACTIVATIONS: layer.activations + last, STATES: layer.states},
+            {GRADIENTS: summed + weights, ACTIVATIONS: layer.activations + ahead * layer.working, STATES: layer.states},
         ),
-        _moment("update", {**always, COPIES: 0.0}, {GRADIENTS: weights, UPDATE: min(weights + largest, 3 * weights)}),
+        _moment("update", {**always, COPIES: 0.0}, {GRADIENTS: weights, UPDATE: made_anew}),
     ]
 
 
@@ -161,7 +188,7 @@ def _layer(shape: RetentionLMConfig, sequences: int, time: int, setting: Setting
     assert shape.kv_heads is not None
     tokens, width, heads = sequences * time, shape.width, shape.heads
     head = width // heads
-    keys, inner = shape.kv_heads * head, 5.0 * _hidden(shape)  # gate, up, sigmoid, silu and their product
+    keys, inner = shape.kv_heads * head, (_INNER_KEPT_FUSED if setting.gpu else _INNER_KEPT) * _hidden(shape)
     mlp = setting.compute_bytes * _MLP_GRADIENTS * _hidden(shape) * tokens
     left = setting.compute_bytes * _FORWARD_LEFT * (inner + 8 * width) * tokens
     if _is_chunked(shape, time):
@@ -169,8 +196,14 @@ def _layer(shape: RetentionLMConfig, sequences: int, time: int, setting: Setting
         chunks, features = math.ceil(time / chunk), state_features(head, shape.power)
         states = 4.0 * sequences * shape.kv_heads * features * (head + 1) * (chunks - 1)
         # Two norms' inputs and outputs, queries, the op's output in pieces, joined and by token; keys and values twice.
-        kept = setting.compute_bytes * (inner + 8 * width + 4 * keys) * tokens
-        expanded = _FEATURE_GRADIENTS * features + _CHUNK_SCORE_GRADIENTS * (2 * chunk + 3 * _BLOCK)
+        kept = 1.0 * setting.compute_bytes * (inner + 8 * width + 4 * keys) * tokens
+        near = 2 * chunk + 3 * _BLOCK  # scores of a token: in its chunk and in its block
+        if setting.gpu:
+            kept += 1.0 * setting.compute_bytes * width * tokens  # the op's output once more
+            array = 4.0 * sequences * chunk * heads * (features + near)
+            flying = min(_CHUNK_IN_FLIGHT * array, in_flight_bytes(setting))
+            return _Layer(kept, states, _CHUNK_GRADIENTS * array + flying, left, flying)
+        expanded = _FEATURE_GRADIENTS * features + _CHUNK_SCORE_GRADIENTS * near
         op = 4.0 * (sequences * chunk * heads * expanded + _CHUNKED_WIDE_GRADIENTS * width * tokens)
         return _Layer(kept, states, max(mlp, op), left)
     padded = math.ceil(time / _BLOCK) * _BLOCK
@@ -182,18 +215,37 @@ def _layer(shape: RetentionLMConfig, sequences: int, time: int, setting: Setting
     op = 4.0 * tokens * (
         heads * (_SCORE_GRADIENTS * scores + _BLOCK_GRADIENTS * _BLOCK) + _WIDE_GRADIENTS * width
     )  # fmt: skip
-    return _Layer((setting.compute_bytes * outside + 4.0 * inside) * tokens, 0.0, max(mlp, op), left)
+    kept = (setting.compute_bytes * outside + 4.0 * inside) * tokens
+    if setting.gpu:
+        flying = min((1 - _FUSED_GRADIENTS) * kept, in_flight_bytes(setting))
+        return _Layer(kept, 0.0, _FUSED_GRADIENTS * kept + flying, left, flying)
+    return _Layer(kept, 0.0, max(mlp, op), left)
 
 
-def _logits(tokens: int, vocabulary: int, setting: Setting) -> float:
+def _logits(tokens: int, shape: RetentionLMConfig, setting: Setting) -> float:
     """Bytes of the loss at its peak: what a chunk needs, and what MLX has queued of the next ones."""
+    vocabulary = shape.vocab_size
     chunk = max(1, LOGITS_AT_ONCE // vocabulary)
     chunks = tokens / chunk
+    if setting.gpu:
+        logits = min(chunk, tokens) * vocabulary
+        to_weight = 4.0 * (math.ceil(chunks) - 0.5) * vocabulary * shape.width  # a chunk's in bfloat16, and its sum
+        everything = 4.0 * _LOGITS_MADE * tokens * vocabulary + to_weight
+        return min(everything, 4.0 * _LOGITS_MADE / _LOGITS_READ * arrays_read(logits, setting) * logits)
     at_once = min(chunks, 1.0)
-    if not setting.gpu:
-        at_once += min(max(chunks - 1, 0.0), _FULL_CHUNKS_AHEAD)
-        at_once += 0.5 * min(max(chunks - 1 - _FULL_CHUNKS_AHEAD, 0.0), _HALF_CHUNKS_AHEAD)
+    at_once += min(max(chunks - 1, 0.0), _FULL_CHUNKS_AHEAD)
+    at_once += 0.5 * min(max(chunks - 1 - _FULL_CHUNKS_AHEAD, 0.0), _HALF_CHUNKS_AHEAD)
     return 4.0 * _LOGITS_ALIVE * at_once * chunk * vocabulary
+
+
+def _left_in_flight(
+    shape: RetentionLMConfig, layer: _Layer, tokens: int, setting: Setting, checkpointing: bool
+) -> float:
+    """Bytes of the forward pass that are still in flight when the loss is at its peak."""
+    buffers = _LOGITS_READ * tokens * shape.vocab_size / buffer_numbers(setting)
+    room = _BESIDE_LOSS * in_flight_bytes(setting) * max(0.0, 1 - buffers / BUFFERS)
+    share = _FORWARD_IN_FLIGHT_RECOMPUTED if checkpointing else _FORWARD_IN_FLIGHT
+    return min(share * shape.layers * layer.activations, room)
 
 
 def _moment(name: str, always: dict[str, float], now: dict[str, float]) -> Moment:

@@ -4,19 +4,20 @@
 
 A step is taken of each: accumulate, collect, apply, with random tokens. Lengths are below and beyond `switch_over`,
 where retention goes from its attention form to its chunked one. `--quick` leaves out retention-small, whose steps take
-tens of seconds on two cores.
+tens of seconds on two cores. A GPU gets cases of its own, as large as it likes them.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from engine.backend import on_gpu
 from engine.planner import plan
 from engine.planning.measure import measure
 from engine.profile_files import load_profile
 
 # Profile, sequences at once, sequences a step, tokens each, switch_over, gradient checkpointing.
-CASES = [
+ON_CPU = [
     ("retention-ultra-tiny", 8, 8, 128, 1024, False),
     ("retention-ultra-tiny", 32, 32, 128, 1024, False),
     ("retention-ultra-tiny", 32, 32, 128, 1024, True),
@@ -38,6 +39,35 @@ CASES = [
     ("retention-small", 2, 2, 256, 1024, True),
     ("retention-small", 1, 2, 512, 256, False),
 ]
+ON_GPU = [
+    ("retention-ultra-tiny", 32, 32, 128, 1024, False),
+    ("retention-ultra-tiny", 128, 256, 128, 1024, False),
+    ("retention-ultra-tiny", 256, 512, 128, 1024, True),
+    ("retention-ultra-tiny", 16, 32, 2048, 1024, False),
+    ("retention-ultra-tiny", 16, 32, 2048, 1024, True),
+    ("demo", 64, 64, 128, 1024, False),
+    ("retention-tiny", 2, 4, 512, 1024, False),
+    ("retention-tiny", 8, 32, 256, 1024, False),
+    ("retention-tiny", 8, 32, 256, 1024, True),
+    ("retention-tiny", 32, 32, 256, 1024, False),
+    ("retention-tiny", 32, 64, 1024, 1024, False),
+    ("retention-tiny", 32, 64, 1024, 1024, True),
+    ("retention-tiny", 64, 64, 512, 1024, True),
+    ("retention-tiny", 8, 16, 2048, 1024, False),
+    ("retention-tiny", 8, 16, 2048, 1024, True),
+    ("retention-small", 1, 2, 256, 1024, False),
+    ("retention-small", 4, 64, 1024, 1024, False),
+    ("retention-small", 4, 64, 1024, 1024, True),
+    ("retention-small", 8, 16, 512, 1024, False),
+    ("retention-small", 16, 16, 1024, 1024, False),
+    ("retention-small", 16, 16, 1024, 1024, True),
+    ("retention-small", 32, 64, 1024, 1024, True),
+    ("retention-small", 8, 16, 1024, 256, False),
+    ("retention-small", 16, 32, 1024, 256, True),
+    ("retention-small", 4, 8, 2048, 1024, False),
+    ("retention-small", 16, 32, 2048, 1024, True),
+    ("retention-small", 1, 2, 8192, 1024, True),
+]
 
 
 def main() -> None:
@@ -48,7 +78,7 @@ def main() -> None:
     print(f"{'profile':<21}{'at once':>8}{'a step':>8}{'tokens':>8}  {'form':<10}{'checkpointing':<14}", end="")
     print(f"{'predicted':>11}{'measured':>11}{'ratio':>7}")
     worst = 0.0
-    for name, at_once, batch, length, switch_over, checkpointing in CASES:
+    for name, at_once, batch, length, switch_over, checkpointing in ON_GPU if on_gpu() else ON_CPU:
         if (options.quick and name == "retention-small") or options.profile not in (None, name):
             continue
         settings = {
