@@ -110,6 +110,11 @@ def limit_memory(limit_bytes: int) -> None:
     mx.set_memory_limit(limit_bytes)
 
 
+def forget_peak() -> None:
+    """The peak is counted anew: it is the process's, and another run may have been here before."""
+    mx.reset_peak_memory()
+
+
 def memory_bytes() -> dict[str, float]:
     """MLX's active, peak and cache memory and this process's own, as metrics. The peak does not contain the cache."""
     return {

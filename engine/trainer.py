@@ -21,6 +21,7 @@ from engine.backend import (
     clear_cache,
     compute_dtype,
     device_words,
+    forget_peak,
     is_out_of_memory,
     limit_memory,
     memory_bytes,
@@ -89,6 +90,7 @@ class Trainer:
         if profile.train.batch_size % ranks.size:
             raise UserError(f"train.batch_size = {profile.train.batch_size} cannot be shared by {ranks.size} ranks")
         self._run, self._profile, self._ranks, self._journal, self._vigil = run, profile, ranks, journal, vigil
+        forget_peak()
         if profile.guard.memory.limit_gb:
             limit_memory(int(profile.guard.memory.limit_gb * 1e9))
         checkpoint = None

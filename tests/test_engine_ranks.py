@@ -138,7 +138,7 @@ def test_bad_input_ends_all_ranks(start: list[str], tmp_path: Path, setting: str
 
 
 def test_what_fails_on_rank_0_alone_ends_all(start: list[str], tmp_path: Path) -> None:
-    (tmp_path / "runs/taken").mkdir(parents=True)
+    (tmp_path / "runs/taken/by something else").mkdir(parents=True)
     began = time.monotonic()
     done = train(tmp_path, 2, *start, "--name", "taken")
     assert time.monotonic() - began < 12, "the other rank would look for it for 15 s or more"

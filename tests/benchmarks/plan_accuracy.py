@@ -2,7 +2,8 @@
 
     python tests/benchmarks/plan_accuracy.py [--quick] [--profile retention-tiny]
 
-A step is taken of each: accumulate, collect, apply, with random tokens. Lengths are below and beyond `switch_over`,
+A step is taken of each: accumulate, collect, apply, with random tokens; on GPUs up to ten, of which the largest peak
+counts, because how far MLX runs ahead of a GPU differs from step to step. Lengths are below and beyond `switch_over`,
 where retention goes from its attention form to its chunked one. `--quick` leaves out retention-small, whose steps take
 tens of seconds on two cores. A GPU gets cases of its own, as large as it likes them.
 """
@@ -41,11 +42,13 @@ ON_CPU = [
 ]
 ON_GPU = [
     ("retention-ultra-tiny", 32, 32, 128, 1024, False),
+    ("retention-ultra-tiny", 32, 32, 128, 1024, True),
     ("retention-ultra-tiny", 128, 256, 128, 1024, False),
     ("retention-ultra-tiny", 256, 512, 128, 1024, True),
     ("retention-ultra-tiny", 16, 32, 2048, 1024, False),
     ("retention-ultra-tiny", 16, 32, 2048, 1024, True),
     ("demo", 64, 64, 128, 1024, False),
+    ("demo", 256, 256, 128, 1024, False),
     ("retention-tiny", 2, 4, 512, 1024, False),
     ("retention-tiny", 8, 32, 256, 1024, False),
     ("retention-tiny", 8, 32, 256, 1024, True),
@@ -77,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{'profile':<21}{'at once':>8}{'a step':>8}{'tokens':>8}  {'form':<10}{'checkpointing':<14}", end="")
     print(f"{'predicted':>11}{'measured':>11}{'ratio':>7}")
-    worst = 0.0
+    worst, enough = 0.0, 2 if on_gpu() else 0
     for name, at_once, batch, length, switch_over, checkpointing in ON_GPU if on_gpu() else ON_CPU:
         if (options.quick and name == "retention-small") or options.profile not in (None, name):
             continue
@@ -89,7 +92,7 @@ def main() -> None:
             "model.switch_over": switch_over,
         }
         profile = load_profile(name, [f"{key}={value}" for key, value in settings.items()])
-        predicted, measured = plan(profile).predicted_peak_bytes, measure(profile, seconds=0).peak_bytes
+        predicted, measured = plan(profile).predicted_peak_bytes, measure(profile, seconds=enough).peak_bytes
         ratio = predicted / measured
         worst = max(worst, abs(ratio - 1))
         form = "chunked" if length > switch_over else "attention"
