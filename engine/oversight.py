@@ -35,7 +35,8 @@ class Oversight:
 
         Readings are stored on the way, and so is what was said while the journal could not.
         """
-        self._memory.holding = held
+        if self._memory.holding and not held:
+            self._memory.overrule()
         for event in self._news():
             if isinstance(event, Reading):
                 self._journal.record_reading(event)

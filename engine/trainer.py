@@ -392,7 +392,7 @@ class Trainer:
                 progress.best_val_loss = loss
             if best or self._saver.has(step):
                 self._checkpoint()  # the best is always kept
-            for action in actions:
+            for action in actions if step < self._total_steps else ():
                 self._carry_out(action)
 
     @property

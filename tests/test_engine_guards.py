@@ -81,6 +81,13 @@ class TestMemory:
             held = held if not isinstance(action, Hold | LetGo) else isinstance(action, Hold)
             assert not (held and isinstance(action, ClearCache | Shrink)), "a held run is left alone"
 
+    def test_an_overruled_guard_waits_for_another_red(self) -> None:
+        guard = MemoryGuard(self.settings)
+        assert [type(action) for _, action in actions(guard, course([R] * 10))] == [Hold]
+        guard.overrule()
+        later = (reading for reading in course([R] * 60 + [G] * 5 + [R] * 10) if reading.time > BEGAN + 10)
+        assert [(second, type(action)) for second, action in actions(guard, later)] == [(68, Hold)]
+
     def test_unknown_readings_change_nothing(self) -> None:
         assert actions(MemoryGuard(self.settings), course([R, None, None, R, R]))[0][0] == 3
         assert not actions(MemoryGuard(self.settings), course([None] * 100))

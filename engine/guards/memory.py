@@ -26,8 +26,13 @@ class MemoryGuard:
         self._level: Level | None = None
         self._since = self._newest = 0.0
         self._cleared = False
+        self._overruled = False
         self.holding = False
-        """True while the run is held; whoever lets it go against the guard's advice sets it to false."""
+        """True while the run is held."""
+
+    def overrule(self) -> None:
+        """The owner lets a held run go against the guard's advice: it is not held again for the same red."""
+        self.holding, self._overruled = False, True
 
     def judge(self, reading: Reading) -> Action | None:
         """What is to be done now, if anything."""
@@ -36,13 +41,14 @@ class MemoryGuard:
         if reading.level is not self._level or reading.time - self._newest > _GAP_SECONDS:
             self._level, self._since = reading.level, reading.time
         self._newest = reading.time
+        self._overruled = self._overruled and reading.level is Level.RED
         lasted = reading.time - self._since
         match reading.level:
             case Level.GREEN if lasted >= self._settings.green_seconds:
                 return self._calm(reading, lasted)
             case Level.YELLOW if lasted >= self._settings.yellow_seconds and not self.holding:
                 return self._ease(reading, lasted)
-            case Level.RED if lasted >= self._settings.red_seconds and not self.holding:
+            case Level.RED if lasted >= self._settings.red_seconds and not (self.holding or self._overruled):
                 return self._yield(reading, lasted)
             case _:
                 return None
