@@ -84,9 +84,10 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings: dict
 @pytest.mark.parametrize(
     ("name", "micro", "length", "switch_over", "checkpointing", "measured_mb"),
     [
-        ("retention-ultra-tiny", 32, 128, 1024, False, 245),
+        ("retention-ultra-tiny", 32, 128, 1024, False, 255),
         ("retention-ultra-tiny", 16, 2048, 1024, True, 840),
-        ("demo", 64, 128, 1024, False, 822),
+        ("demo", 64, 128, 1024, False, 903),
+        ("demo", 256, 128, 1024, False, 2_756),
         ("retention-tiny", 8, 256, 1024, False, 2_900),
         ("retention-tiny", 32, 1024, 1024, False, 19_624),
         ("retention-tiny", 8, 2048, 1024, True, 2_527),

@@ -7,7 +7,8 @@ twelve, 64 to 1,024 tokens, vocabularies of 300 to 100,000): tests/benchmarks/pl
 
 On GPUs (bfloat16 beside float32 weights, compiled) fewer arrays are made, because elementwise operations are fused, but
 more are alive, because command buffers in flight hold them (`engine.planning.in_flight`). Those factors are measured
-with MLX 0.32 on an H200, 110 shapes; with buffers of 64 and of 50 "MB", about as large as Metal's own.
+with MLX 0.32 on an H200, 110 shapes; with buffers of 64 and of 50 "MB", about as large as Metal's own. Where a step takes
+milliseconds, the peak is a matter of who is faster, host or GPU, and differs by a fifth from one step to the next.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ _FORWARD_LEFT = 0.8
 
 _FORWARD_IN_FLIGHT, _FORWARD_IN_FLIGHT_RECOMPUTED = 1.0, 1.3
 """GPU: what the forward pass leaves in flight, as a share of what the layers keep: arrays that it kept not, and where
-they are computed again, also those that it would have kept. They share room with the loss that follows: """
+they are computed again, also those that it would have kept. They share the buffers with the loss that follows: """
 
-_BESIDE_LOSS = 0.25
-"""of the buffers that the loss does not fill, the share that is still held when it is at its peak."""
+_BESIDE_LOSS, _BESIDE_LOSS_RECOMPUTED = 0.33, 1.0
+"""of those that the loss does not fill, what the forward pass still holds when the loss is at its peak; all of them
+where it keeps nothing, in the attention form."""
 
 _LARGEST_IN_UPDATE, _MATRICES_IN_UPDATE = 2, 8
 """Arrays that the optimizer has at once beside old and new weights: of the embedding, or of the MLP's matrices."""
@@ -243,8 +245,9 @@ def _left_in_flight(
 ) -> float:
     """Bytes of the forward pass that are still in flight when the loss is at its peak."""
     buffers = _LOGITS_READ * tokens * shape.vocab_size / buffer_numbers(setting)
-    room = _BESIDE_LOSS * in_flight_bytes(setting) * max(0.0, 1 - buffers / BUFFERS)
     share = _FORWARD_IN_FLIGHT_RECOMPUTED if checkpointing else _FORWARD_IN_FLIGHT
+    beside = _BESIDE_LOSS_RECOMPUTED if checkpointing and not layer.states else _BESIDE_LOSS
+    room = beside * in_flight_bytes(setting) * max(0.0, 1 - buffers / BUFFERS)
     return min(share * shape.layers * layer.activations, room)
 
 

@@ -48,6 +48,7 @@ ON_GPU = [
     ("retention-ultra-tiny", 16, 32, 2048, 1024, False),
     ("retention-ultra-tiny", 16, 32, 2048, 1024, True),
     ("demo", 64, 64, 128, 1024, False),
+    ("demo", 64, 64, 128, 1024, True),
     ("demo", 256, 256, 128, 1024, False),
     ("retention-tiny", 2, 4, 512, 1024, False),
     ("retention-tiny", 8, 32, 256, 1024, False),
