@@ -7,8 +7,8 @@ twelve, 64 to 1,024 tokens, vocabularies of 300 to 100,000): tests/benchmarks/pl
 
 On GPUs (bfloat16 beside float32 weights, compiled) fewer arrays are made, because elementwise operations are fused, but
 more are alive, because command buffers in flight hold them (`engine.planning.in_flight`). Those factors are measured
-with MLX 0.32 on an H200, 110 shapes; with buffers of 64 and of 50 "MB", about as large as Metal's own. Where a step takes
-milliseconds, the peak is a matter of who is faster, host or GPU, and differs by a fifth from one step to the next.
+with MLX 0.32 on an H200, 110 shapes; with buffers of 64 and of 50 "MB", about as large as Metal's own. Where a step
+takes milliseconds, the peak depends on who is faster, host or GPU, and differs by a fifth and more between steps.
 """
 
 from __future__ import annotations
