@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import IO
 from engine.cores import ranks_launched
 from engine.errors import ExitCode, UserError
 from engine.store import RunDirectory
+from retention_tui.fresh import fresh_process
 
 _SAYS = "retention-tui: "
 
@@ -39,17 +39,14 @@ class StartFailed(UserError):
 def start(arguments: Sequence[str], runs_folder: Path) -> Background:
     """Starts `run …` or `resume …` in a new session and waits until the run has opened. Raises `StartFailed`.
 
-    It is a fresh process, never a fork of this one, whose threads and MLX would not survive that. What it prints comes
-    through a pipe until the run has opened; then the pipe is closed, and its own words and its libraries' go to the
-    run's log (`retention_tui.headless.Printer`).
+    What it prints comes through a pipe until the run has opened; then the pipe is closed, and its own words and its
+    libraries' go to the run's log (`retention_tui.headless.Printer`).
     """
     if ranks_launched() > 1:
         raise UserError("--background is for one process: start several ranks with mlx.launch … --headless")
-    # -P: what lies in the present folder is not for Python to import.
-    command = [sys.executable, "-P", "-m", "retention_tui", *arguments, "--headless", "--json"]
     try:
         process = subprocess.Popen(
-            [*command, "--runs-dir", str(runs_folder.resolve())],
+            fresh_process([*arguments, "--headless", "--json", "--runs-dir", str(runs_folder.resolve())]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

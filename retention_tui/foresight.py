@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from retention_tui.fresh import fresh_process
 
 _SAYS = "retention-tui: "
 _PATIENCE_SECONDS = 0.1
@@ -24,7 +24,7 @@ def ask_for_plan(
     one line.
     """
     options = ["--json", "--runs-dir", str(runs_folder.resolve()), *(["--measure"] if measured else [])]
-    command = [sys.executable, "-P", "-m", "retention_tui", "plan", str(target.resolve()), *options]
+    command = fresh_process(["plan", str(target.resolve()), *options])
     pipe = subprocess.PIPE
     try:
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as process:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from engine.errors import ExitCode, UserError
 from engine.runs import find_run
 from engine.store import RunDirectory
+from retention_tui.fresh import fresh_process
 from retention_tui.remote import RemoteClient
 from retention_tui.session import Session
 
@@ -96,7 +97,7 @@ def _make_server(run: RunDirectory, host: str, port: int) -> Server:
             finally:
                 self.visitors -= 1
 
-    command = shlex.join([sys.executable, "-P", "-m", "retention_tui.web", str(run.path)])
+    command = shlex.join(fresh_process([str(run.path)], "retention_tui.web"))
     return LookingServer(f"exec {command}", host=host, port=port, title=run.name)
 
 
