@@ -18,10 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import selectors
-import signal
-import subprocess
 import threading
 import time
 from collections import deque
@@ -29,15 +25,14 @@ from collections import deque
 from engine.config import Hooks
 from engine.errors import ExitCode
 from engine.events import Alarm, Event, RunEnded, RunOpened, State, StepCompleted, Validated, plain, to_json
+from engine.hook_process import run_hook
 from engine.lines import describe
 from engine.store import RunDirectory
 from engine.worker import Mailbox
 
 _POLL_SECONDS = 0.25  # a wait for every single step would be felt by training
 _EARLIER_KEPT = 20
-_OUTPUT_KEPT_BYTES = 4096
 _LINES_LOGGED = 20
-_GRACE_SECONDS = 1.0
 
 
 class HookRunner:
@@ -51,6 +46,7 @@ class HookRunner:
         self._hooks, self._run, self._mailbox = hooks, run, mailbox
         self._commands = hooks.commands()
         self._known: dict[str, float] = {}
+        self._bests: list[tuple[int, float]] = []  # the steps that were the best so far, with their losses
         self._alarms: deque[Alarm] = deque(maxlen=_EARLIER_KEPT + 1)
         self._untold = 0
         self._next_alarm = -math.inf
@@ -92,13 +88,14 @@ class HookRunner:
                 if self._untold == 1 and (wait := self._next_alarm - time.monotonic()) > 0:
                     self._log(f"hook alarm: alarms of the next {wait:.0f} s are told together")
             case RunOpened():
-                self._known |= {"step": event.step, "total_steps": event.total_steps}
+                self._known = {"step": event.step, "total_steps": event.total_steps}
+                self._bests = [best for best in self._bests if best[0] <= event.step]  # it may have gone back
             case StepCompleted():
                 self._known |= {"step": event.step, "loss": event.metrics["loss"]}
             case Validated():
                 self._known |= event.metrics
                 if event.best:
-                    self._known["best_val_loss"] = event.metrics["val_loss"]
+                    self._bests.append((event.step, event.metrics["val_loss"]))
 
     def _tell_alarms(self) -> None:
         if not self._alarms:
@@ -116,7 +113,7 @@ class HookRunner:
             return
         summary, folder = self._summary(event, count), str(self._run.path.absolute())
         told = {
-            **plain(self._known),
+            **plain(self._known | ({"best_val_loss": self._bests[-1][1]} if self._bests else {})),
             **json.loads(to_json(event)),
             "hook": hook,
             "run": self._run.name,
@@ -131,7 +128,7 @@ class HookRunner:
             "RETENTION_TUI_RUN_DIRECTORY": folder,
             "RETENTION_TUI_SUMMARY": summary,
         }
-        line = json.dumps(told, ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(told, allow_nan=False) + "\n"  # a folder may have any bytes for a name
         started = time.monotonic()
         try:
             problem, output = run_hook(command, line.encode(), variables, self._hooks.limit_seconds)
@@ -144,9 +141,8 @@ class HookRunner:
 
     def _summary(self, event: Event, count: int) -> str:
         words = f"{self._run.name}: {describe(event)}"
-        best = self._known.get("best_val_loss")
-        if isinstance(event, RunEnded) and best is not None:
-            words += f"; best held-out loss {best:.3f}"
+        if isinstance(event, RunEnded) and self._bests:
+            words += f"; best held-out loss {self._bests[-1][1]:.3f}"
         if count > 1:
             words += f" (and {count - 1} more since the last)"
         return _printable(words)
@@ -156,87 +152,6 @@ class HookRunner:
         # The disk may be full, and the folder of a run that never began is gone.
         with contextlib.suppress(OSError), self._run.log_path.open("a", encoding="utf-8") as log:
             log.write(f"{clock}  {_printable(text)}\n")
-
-
-def run_hook(command: str | list[str], sent: bytes, variables: dict[str, str], limit_seconds: float) -> tuple[str, str]:
-    """Runs a command with `sent` on standard input; returns what went wrong (empty: nothing) and what it printed.
-
-    It has a process group of its own, which is ended once the time is up. Of what it prints the first 4 kB are kept.
-    Raises `OSError` where it cannot be started.
-    """
-    process = subprocess.Popen(
-        command,
-        shell=isinstance(command, str),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **variables},
-        start_new_session=True,  # Ctrl+C is for the run
-    )
-    deadline = time.monotonic() + limit_seconds
-    with process:
-        try:
-            output = _talk(process, sent, deadline)
-            code = process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired as expired:
-            return f"it took longer than {limit_seconds:g} s and was ended", _decode(expired.output or b"")
-        finally:
-            if process.poll() is None:
-                _end(process)
-    return "" if code == 0 else _in_words(code), _decode(output)
-
-
-def _talk(process: subprocess.Popen[bytes], sent: bytes, deadline: float) -> bytes:
-    """Writes to the process and reads from it until it has ended, or has nothing more to say."""
-    assert process.stdin is not None and process.stdout is not None
-    output = bytearray()
-    with selectors.DefaultSelector() as selector:
-        for stream, direction in ((process.stdin, selectors.EVENT_WRITE), (process.stdout, selectors.EVENT_READ)):
-            os.set_blocking(stream.fileno(), False)
-            selector.register(stream, direction)
-        while process.stdout in selector.get_map():
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(process.args, 0, bytes(output))
-            ready = [key.fileobj for key, _ in selector.select(0.1)]
-            if process.stdin in ready:
-                sent = _write_some(process.stdin.fileno(), sent)
-                if not sent:
-                    selector.unregister(process.stdin)
-                    process.stdin.close()
-            if process.stdout in ready:
-                read = os.read(process.stdout.fileno(), 65536)
-                output += read[: _OUTPUT_KEPT_BYTES - len(output)]
-                if not read:
-                    selector.unregister(process.stdout)
-            elif process.poll() is not None:  # something that it left behind has its output open
-                break
-    return bytes(output)
-
-
-def _write_some(descriptor: int, data: bytes) -> bytes:
-    """What is left to be written; nothing once the reader has closed."""
-    try:
-        return data[os.write(descriptor, data) :]
-    except BlockingIOError:
-        return data
-    except BrokenPipeError:
-        return b""
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
-
-
-def _in_words(code: int) -> str:
-    return f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-
-
-def _decode(output: bytes) -> str:
-    return output.decode(errors="replace")
 
 
 def _printable(text: str) -> str:

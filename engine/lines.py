@@ -40,6 +40,8 @@ class LineWriter:
             if self._steps and isinstance(event, Validated | RunEnded):
                 texts.append(self._gathered())
             texts.append(text)
+            if isinstance(event, RunOpened):  # it may have gone back
+                self._steps = [step for step in self._steps if step.step <= event.step]
         if not self._with_clock:
             return texts
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))

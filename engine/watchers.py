@@ -18,6 +18,7 @@ from engine.events import (
     RunOpened,
     StateChanged,
     StepCompleted,
+    Validated,
 )
 from engine.wire import LONGEST_COMMAND_BYTES, Lines
 
@@ -41,6 +42,9 @@ class Present:
         if isinstance(event, AnswerStarted | AnswerText | AnswerEnded):
             return
         self._count += 1
+        if isinstance(event, RunOpened):  # it may have gone back: what was measured beyond is of no account now
+            kept = (item for item in self._said if not (isinstance(item[1], Validated) and item[1].step > event.step))
+            self._said = deque(kept, maxlen=EVENTS_KEPT)
         if isinstance(event, StepCompleted | Reading | StateChanged | RunOpened):
             self._newest[type(event)] = (self._count, event)
         if isinstance(event, Alarm) and StepCompleted in self._newest:

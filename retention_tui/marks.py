@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -30,15 +31,26 @@ class Mark:
     kind: MarkKind
 
 
+def gone_back(marks: Iterable[Mark], step: int) -> list[Mark]:
+    """The marks of a run that has gone back to `step`: its checkpoints beyond are left behind, alarms stay in sight."""
+    return [
+        mark if mark.step <= step else replace(mark, step=step)
+        for mark in marks
+        if mark.step <= step or mark.kind is not MarkKind.CHECKPOINT
+    ]
+
+
 def load_marks(run: RunDirectory, before: float) -> list[Mark]:
     """What the store knows of a run until a moment, in seconds since the epoch; an alarm is put where its time was on
     the current line. Reads the disk: never on the UI thread."""
     steps, times = run.curve("time")
-    marks = []
+    marks: list[Mark] = []
     for event in run.events():
         if event["time"] >= before:
             continue
-        if event["event"] == "checkpoint":
+        if event["event"] == "run_opened":
+            marks = gone_back(marks, event["step"])
+        elif event["event"] == "checkpoint":
             marks.append(Mark(event["step"], MarkKind.CHECKPOINT))
         elif event["event"] == "alarm":
             index = int(np.searchsorted(times, event["time"])) - 1

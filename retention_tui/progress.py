@@ -28,7 +28,7 @@ from engine.wire import WireError, read_event
 from retention_tui import wording
 from retention_tui.client import ConnectionLost
 from retention_tui.history import Series, Smoother
-from retention_tui.marks import MARKS_KEPT, Mark, MarkKind
+from retention_tui.marks import MARKS_KEPT, Mark, MarkKind, gone_back
 
 CHARTED = (
     "loss",
@@ -76,7 +76,7 @@ class Trend(Enum):
 class Progress:
     """The state of one run, folded from its events by `apply`."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_until: float = -math.inf) -> None:
         self.opened: RunOpened | None = None
         self.ended: RunEnded | None = None
         self.lost = ""
@@ -98,10 +98,12 @@ class Progress:
         self.entries_seen = 0
         """Entries ever made, also those that the log has let go."""
         self.unread: list[Entry] = []
-        """Alarms that nobody has read yet, oldest first."""
+        """Alarms that nobody has read yet, oldest first; those up to `read_until` were read before."""
         self.began = math.inf
         """The time of the first event of this attempt, in seconds since the epoch."""
         self._waiting: list[tuple[int, Mapping[str, float]]] | None = []
+        self._read_until = read_until
+        self._validated_step = 0
         self._quick, self._slow = Smoother(0.9), Smoother(0.98)
 
     @property
@@ -172,6 +174,7 @@ class Progress:
             case RunOpened():
                 self.opened, self.ended = event, None
                 self._waiting = []  # until the history is there
+                self._forget_beyond(event.step)
                 self.step, self.total_steps = event.step, event.total_steps
                 where = f"goes on at step {event.step:,}" if event.step else f"starts on {event.device}, {event.dtype}"
                 self._note(event.time, Weight.PLAIN, f"{event.run} {where}")
@@ -192,7 +195,7 @@ class Progress:
                 self._note(event.time, Weight.PLAIN, f"{said} in {event.seconds:.2f} s")
             case Alarm():
                 weight = Weight.CRITICAL if event.level == "critical" else Weight.WARNING
-                self.unread.append(self._note(event.time, weight, event.text))
+                self._expect_reader(self._note(event.time, weight, event.text))
                 self.marks.append(Mark(self.step, MarkKind.of_alarm(event.level)))
             case Notice():
                 self._note(event.time, Weight.PLAIN, event.text)
@@ -203,10 +206,18 @@ class Progress:
                 reason = f": {event.reason}" if event.reason else ""
                 entry = self._note(event.time, weight, f"{event.state} at step {event.step:,}{reason}")
                 if event.state is State.FAILED:
-                    self.unread.append(entry)
+                    self._expect_reader(entry)
             case ConnectionLost():
                 self.lost, self.reason, self.remaining_seconds = event.word, "", None
-                self.unread.append(self._note(event.time, Weight.CRITICAL, event.text))
+                self._expect_reader(self._note(event.time, Weight.CRITICAL, event.text))
+
+    def _forget_beyond(self, step: int) -> None:
+        """The run is at `step`: what it had come to beyond, before it went back, is not of its line."""
+        self.marks = deque(gone_back(self.marks, step), maxlen=MARKS_KEPT)
+        if self._validated_step > step:
+            self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("val_")}
+        if self.best_step is not None and self.best_step > step:
+            self.best_step = self.best_val_loss = None  # the history knows the one before
 
     def _step(self, event: StepCompleted) -> None:
         self.step, self.total_steps = event.step, event.total_steps
@@ -219,6 +230,7 @@ class Progress:
 
     def _validated(self, event: Validated) -> None:
         self.metrics.update(event.metrics)
+        self._validated_step = event.step
         val_loss = event.metrics.get("val_loss")
         if event.best and val_loss is not None:
             self.best_val_loss, self.best_step = val_loss, event.step
@@ -236,6 +248,10 @@ class Progress:
             if name in self.series:
                 self.series[name].add(step, value)
 
+    def _expect_reader(self, entry: Entry) -> None:
+        if entry.time > self._read_until:
+            self.unread.append(entry)
+
     def _note(self, moment: float, weight: Weight, text: str) -> Entry:
         entry = Entry(moment, weight, wording.printable(" ".join(text.split())))
         self.entries.append(entry)
@@ -248,14 +264,9 @@ def empty_history() -> dict[str, Series]:
     return {name: Series() for name in CHARTED}
 
 
-def load_history(run: RunDirectory, until_step: float = math.inf) -> dict[str, Series]:
-    """What the store knows of a run up to a step. Reads the disk: never on the UI thread."""
-    history = {}
-    for name in CHARTED:
-        steps, values = run.curve(name)
-        known = steps <= until_step
-        history[name] = Series.of(steps[known], values[known])
-    return history
+def load_history(run: RunDirectory) -> dict[str, Series]:
+    """What the store knows of a run. Reads the disk: never on the UI thread."""
+    return {name: Series.of(*run.curve(name)) for name in CHARTED}
 
 
 def load_entries(run: RunDirectory, before: float) -> list[Entry]:

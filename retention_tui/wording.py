@@ -57,9 +57,9 @@ def size(count: float | None) -> str:
     """Bytes: `1.21 GB` (10⁹), or `38 MB` below a tenth of that."""
     if count is None or not math.isfinite(count):
         return number(count)
-    if count >= 1e8:
-        return f"{count / 1e9:.2f} GB" if count < 99.995e9 else f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+    if abs(count) >= 1e8:
+        return f"{count / 1e9:.2f} GB" if abs(count) < 99.995e9 else f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if abs(count) >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def duration(seconds: float | None) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +18,8 @@ from engine.config import Hooks, load_config
 from engine.doctor import diagnose
 from engine.errors import UserError
 from engine.events import Alarm, Event, RunEnded, RunOpened, State, StepCompleted, Validated
-from engine.hooks import HookRunner, run_hook
+from engine.hook_process import run_hook
+from engine.hooks import HookRunner
 from engine.store import RunDirectory
 from engine.worker import Mailbox
 
@@ -78,6 +81,23 @@ def test_a_hook_gets_the_event_and_where_the_run_stands(run: RunDirectory, tmp_p
     assert (event["loss"], event["total_steps"], event["best_val_loss"]) == ("nan", 3, 1.75)
     assert event["summary"] == "demo: finished at step 3: all 3 steps are done; best held-out loss 1.750"
     assert "hook finish: done in" in log
+
+
+def test_a_best_loss_that_was_left_behind_is_not_told(run: RunDirectory, tmp_path: Path) -> None:
+    bests = [Validated(step=step, metrics={"val_loss": 3.0 - step}, best=True) for step in (1, 2)]
+    went_back = dataclasses.replace(opened(run), step=1)
+    hear(run, Hooks(finish=keep(tmp_path)), opened(run), *bests, went_back, ENDED)
+    (event,) = told(tmp_path)
+    assert event["best_val_loss"] == 2.0 and "val_loss" not in event
+    assert event["summary"].endswith("best held-out loss 2.000")
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \xe2\x98\x95") / "demo"
+    folder.mkdir(parents=True)
+    hear(RunDirectory(folder), Hooks(finish=keep(tmp_path)), ENDED)
+    (event,) = told(tmp_path)
+    assert event["directory"] == str(folder)
 
 
 @pytest.mark.parametrize(("state", "told_of"), [(State.STOPPED, 0), (State.FINISHED, 1), (State.FAILED, 1)])

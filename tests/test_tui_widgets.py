@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from textual.app import App, ComposeResult
+from textual.pilot import Pilot
 from textual.strip import Strip
 from textual.widgets import Static
 
@@ -19,6 +21,7 @@ from engine.events import (
     AnswerEnded,
     AnswerStarted,
     AnswerText,
+    CheckpointSaved,
     Level,
     Reading,
     RunEnded,
@@ -26,13 +29,16 @@ from engine.events import (
     State,
     StateChanged,
     StepCompleted,
+    Validated,
 )
+from engine.lines import LineWriter
 from retention_tui import wording
 from retention_tui.history import Series, Smoother
 from retention_tui.marks import Mark, MarkKind
 from retention_tui.progress import Progress, empty_history
 from retention_tui.widgets.chart import Chart, ChartSpec, Trace
 from retention_tui.widgets.chat import Chat
+from retention_tui.widgets.log import EventLog
 from retention_tui.widgets.machine import machine_line
 from retention_tui.widgets.monitor import CHARTS
 from retention_tui.widgets.scale import fit
@@ -271,6 +277,81 @@ def test_steps_that_come_before_the_history_is_read_are_drawn_after_it() -> None
     assert progress.step == 12
 
 
+def test_what_a_run_left_behind_when_it_went_back_is_forgotten() -> None:
+    progress = Progress()
+    for event in (
+        opened(0),
+        CheckpointSaved(step=40, path="step-40", size_bytes=1, seconds=0.1),
+        Validated(step=80, metrics={"val_loss": 1.0}, best=True),
+        CheckpointSaved(step=80, path="step-80", size_bytes=1, seconds=0.1),
+        step(90, loss=9.0),
+        Alarm(level="warning", text="it diverges"),
+        opened(60),
+    ):
+        progress.apply(event)
+    assert progress.best_val_loss is None and progress.best_step is None
+    assert "val_loss" not in progress.metrics
+    assert list(progress.marks) == [Mark(40, MarkKind.CHECKPOINT), Mark(60, MarkKind.WARNING)]
+    history = empty_history()  # of the line that it is on now
+    history["val_loss"].add(40, 1.5)
+    progress.adopt_history(history)
+    assert (progress.best_val_loss, progress.best_step) == (1.5, 40)
+
+
+def test_a_line_of_the_log_tells_of_no_step_that_was_left_behind() -> None:
+    writer = LineWriter()
+    rates = {"steps_per_second": 1.0, "tokens_per_second": 1.0, "learning_rate": 0.1, "trained_tokens": 1.0}
+    rest = {**rates, "peak_memory_bytes": 1.0, "grad_norm": 1.0}
+    for number in (61, 62, 63):
+        writer.lines(step(number, loss=1.0 if number == 61 else 1000.0, **rest))
+    writer.lines(opened(61))
+    (gathered, _) = writer.lines(RunEnded(state=State.STOPPED, reason="", exit_code=0, step=61))
+    assert "Iter 61: Train loss 1.000" in gathered
+
+
+def test_alarms_that_were_read_before_are_not_unread_again() -> None:
+    progress = Progress(read_until=1000.0)
+    progress.apply(Alarm(time=999.0, level="warning", text="of yesterday"))
+    progress.apply(RunEnded(time=999.5, state=State.FAILED, reason="diverged", exit_code=4, step=7))
+    assert progress.unread == [] and len(progress.entries) == 2
+    progress.apply(Alarm(time=1001.0, level="warning", text="new"))
+    assert [entry.text for entry in progress.unread] == ["new"]
+
+
+class OneLog(App[None]):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.log_of_events = EventLog(progress)
+
+    def compose(self) -> ComposeResult:
+        yield self.log_of_events
+
+
+async def test_a_long_log_is_written_a_piece_at_a_time_and_whole() -> None:
+    progress = Progress()
+    for number in range(450):
+        progress.note(f"entry {number}")
+    app = OneLog(progress)
+    async with app.run_test(size=(60, 20)) as pilot:
+        app.log_of_events.rewrite()
+        assert 0 < len(app.log_of_events.lines) <= 100
+        progress.note("the last")
+        app.log_of_events.show_progress()
+        await wait_for(pilot, lambda: len(app.log_of_events.lines) == 451)
+        await pilot.pause(0.1)
+        said = [line.text.split("entry")[-1].split() for line in app.log_of_events.lines[:-1]]
+        assert said == [[str(number)] for number in range(450)]
+        assert "the last" in app.log_of_events.lines[-1].text
+
+
+async def wait_for(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
+    for _ in range(100):
+        if condition():
+            return
+        await pilot.pause(0.05)
+    raise AssertionError
+
+
 def test_alarms_and_a_failed_end_wait_for_a_reader() -> None:
     progress = Progress()
     progress.apply(Alarm(level="warning", text="the disk\nis full"))
@@ -321,6 +402,7 @@ async def test_what_a_model_says_is_shown_and_not_obeyed() -> None:
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))
+@example(-99999999500.0)
 def test_numbers_stay_short(value: float) -> None:
     for say in (wording.number, wording.thousands, wording.size, wording.scientific):
         assert 0 < len(say(value)) <= 12 or abs(value) > 1e12

@@ -24,6 +24,7 @@ from retention_tui.progress import Entry, Progress, empty_history, load_entries,
 from retention_tui.screens.help import Help
 from retention_tui.screens.quit import QuitQuestion, StopQuestion
 from retention_tui.screens.setting import SettingQuestion
+from retention_tui.visits import last_look
 from retention_tui.widgets.chat import Chat
 from retention_tui.widgets.happening import Happening
 from retention_tui.widgets.header import RunHeader
@@ -71,7 +72,8 @@ class RunScreen(Screen[None]):
     def __init__(self, client: Client, *, home: bool = False, move: Move | None = None) -> None:
         super().__init__()
         self._client, self._home, self._move = client, home, move
-        self._progress = Progress()
+        # What of a run of another process has been read on an earlier visit is not unread again.
+        self._progress = Progress() if client.here else Progress(last_look(client.run.path.parent, client.run.name))
         self._quitting = self._moving = self._past_shown = self._planned = False
         self._end: RunEnded | None = None
 

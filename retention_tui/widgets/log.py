@@ -12,6 +12,8 @@ from textual.widgets import RichLog
 from retention_tui import wording
 from retention_tui.progress import LOG_ENTRIES, Entry, Progress, Weight
 
+_WRITTEN_AT_ONCE, _BREATH_SECONDS = 50, 0.02
+"""Each takes the screen a moment to write: of a long log a piece at a time, with room for keys between."""
 _SIGNS = {Weight.WARNING: "▲", Weight.CRITICAL: "▲"}
 
 
@@ -27,14 +29,18 @@ class EventLog(RichLog):
         self._width = 0
 
     def show_progress(self) -> None:
-        """Adds the entries that came since the last call."""
+        """Adds the entries that came since the last call: a piece now and, of many, the rest soon."""
         new = min(self._progress.entries_seen - self._written, len(self._progress.entries))
-        self._written = self._progress.entries_seen
-        if new > 0:
-            # Said, because Rich would take the width of a terminal that it does not see.
-            width = self.scrollable_content_region.width or None
-            for entry in list(self._progress.entries)[-new:]:
-                self.write(self._line(entry), width=width)
+        if new <= 0:
+            return
+        # Said, because Rich would take the width of a terminal that it does not see.
+        width = self.scrollable_content_region.width or None
+        for entry in list(self._progress.entries)[-new:][:_WRITTEN_AT_ONCE]:
+            self.write(self._line(entry), width=width)
+        left = max(0, new - _WRITTEN_AT_ONCE)
+        self._written = self._progress.entries_seen - left
+        if left:
+            self.set_timer(_BREATH_SECONDS, self.show_progress)
 
     def on_resize(self, event: events.Resize) -> None:
         if event.size.width not in (0, self._width):
