@@ -6,9 +6,11 @@ Kept in the platform's state folder, by the folder of runs; one that cannot be w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,14 @@ def last_look(runs_folder: Path, run: str | None = None) -> float:
 def remember_look(runs_folder: Path, run: str | None = None, moment: float | None = None) -> None:
     """The folder, or this run of it, has been looked at until now, or until a moment."""
     key, moment = str(runs_folder.resolve()), time.time() if moment is None else moment
-    seen = _read()
-    entry = seen.setdefault(key, {})
-    if run is None:
-        runs = {name: other for name, other in entry.get("runs", {}).items() if _moment(other, 0.0) > moment}
-        seen[key] = {"folder": moment, "runs": runs}
-    else:
-        entry.setdefault("runs", {})[run] = moment
-    with contextlib.suppress(OSError):
-        state_folder().mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError), _alone():
+        seen = _load()
+        entry = seen.setdefault(key, {})
+        if run is None:
+            runs = {name: other for name, other in entry.get("runs", {}).items() if _moment(other, 0.0) > moment}
+            seen[key] = {"folder": moment, "runs": runs}
+        else:
+            entry.setdefault("runs", {})[run] = moment
         write_json(_path(), seen)
 
 
@@ -52,12 +53,35 @@ def _path() -> Path:
     return state_folder() / "visits.json"
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One app at a time changes the file. Raises `OSError` where nothing can be written there."""
+    state_folder().mkdir(parents=True, exist_ok=True)
+    with (state_folder() / "visits.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _read() -> dict[str, dict[str, Any]]:
     try:
-        seen = json.loads(_path().read_text(encoding="utf-8"))
-        return {folder: entry for folder, entry in seen.items() if isinstance(entry.get("runs", {}), dict)}
-    except (OSError, ValueError, AttributeError):
+        return _load()
+    except OSError:
         return {}
+
+
+def _load() -> dict[str, dict[str, Any]]:
+    """The whole file, but for what is damaged in it. Raises `OSError` where it is there and cannot be read: it may be
+    readable the next time."""
+    try:
+        seen = json.loads(_path().read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    folders = seen.items() if isinstance(seen, dict) else ()
+    return {
+        folder: entry
+        for folder, entry in folders
+        if isinstance(entry, dict) and isinstance(entry.get("runs", {}), dict)
+    }
 
 
 def _moment(value: Any, otherwise: float) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import html
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ from retention_tui.screens.run import RunScreen
 from retention_tui.screens.setting import SettingQuestion
 from retention_tui.session import Session
 from retention_tui.story import while_away
-from retention_tui.visits import last_look
+from retention_tui.visits import last_look, remember_look
 from retention_tui.widgets.chart import Chart
 
 ENDLESS = ["train.steps=1000000", "validate.every=0", "checkpoint.every=0", "train.schedule='constant'"]
@@ -203,6 +205,23 @@ async def test_the_launcher_resumes_a_stopped_run_with_its_curves(session: Sessi
         await pilot.press("q", "s")
         await until(pilot, lambda: not app.is_running)
     assert [attempt.from_step for attempt in client.run.attempts()] == [0, stopped_at]
+
+
+def test_two_apps_remember_their_visits_and_damage_costs_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    monkeypatch.setenv("RETENTION_TUI_STATE", str(state))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: remember_look(tmp_path / f"runs-{number}", moment=1e12 + number), range(40)))
+    assert [last_look(tmp_path / f"runs-{number}") for number in range(40)] == [1e12 + number for number in range(40)]
+    path = state / "visits.json"
+    seen = json.loads(path.read_text())
+    seen[str(tmp_path / "runs-7")] = 3
+    path.write_text(json.dumps(seen))
+    remember_look(tmp_path / "runs-0", "night", moment=2e12)
+    assert last_look(tmp_path / "runs-7") < time.time() and last_look(tmp_path / "runs-39") == 1e12 + 39
+    assert last_look(tmp_path / "runs-0", "night") == 2e12
 
 
 @pytest.mark.parametrize(
