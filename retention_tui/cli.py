@@ -168,10 +168,13 @@ def queue(
     _: Annotated[bool, typer.Option("--headless", help="lines only, as ever: `watch` shows a run of it")] = False,
 ) -> None:
     """Train profiles one after the other, each in a process of its own."""
-    from retention_tui.run_queue import Queue, new_queue, unfinished_queue
+    from retention_tui.queue_record import new_queue, unfinished_queue
+    from retention_tui.run_queue import Queue
 
     if go_on == bool(profiles):
         raise UserError("queue: give it profiles in a row, or --continue for the one that was stopped")
+    if go_on and (overrides or anyway):
+        raise UserError("queue: --continue goes on as the queue was begun; --set and --anyway are for a new one")
     record = unfinished_queue(runs_dir) if go_on else new_queue(runs_dir, profiles or (), overrides or (), anyway)
     if record is None:
         print(f"nothing is left to do of the queues in {runs_dir}")

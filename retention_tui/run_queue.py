@@ -1,135 +1,43 @@
 """Profiles that are trained one after the other, each in a fresh process of its own.
 
-How far the queue has come is in a file of the runs folder, written whole at every change, so that a queue that was
-stopped or killed can be gone on with:
-
-    runs/queue-20261121-231200.json    {"format": 1, …, "entries": [{"profile": "demo", "state": "pending", …}, …]}
-
-An entry is pending, then running, and at last finished, stopped or failed; one that was under way when the queue itself
-was stopped is interrupted, and resumed when the queue goes on. One queue at a time works on a runs folder.
+One queue at a time works on a runs folder.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from engine.commands import Stop
-from engine.config import load_config
-from engine.durable import write_json
 from engine.errors import ExitCode, UserError
 from engine.events import State
-from engine.profile_files import find_profile, load_profile
+from engine.report import INTERRUPTED
 from engine.store import Attempt, RunDirectory
 from retention_tui import wording
+from retention_tui.fresh import fresh_process
 from retention_tui.headless import Printer
+from retention_tui.queue_record import RUNNING, Entry, Record
 from retention_tui.remote import RemoteClient
 
-FORMAT = 1
-PENDING, RUNNING, INTERRUPTED = "pending", "running", "interrupted"
 _PROGRESS_SECONDS = 300.0
 _POLL_SECONDS = 0.5
 
 
-@dataclass
-class Entry:
-    """One profile of a queue and what became of it. Times are in seconds since the epoch."""
-
-    profile: str
-    overrides: list[str] = field(default_factory=list)
-    run: str | None = None
-    state: str = PENDING
-    exit_code: int | None = None
-    reason: str = ""
-    started: float | None = None
-    ended: float | None = None
-
-    @property
-    def left(self) -> bool:
-        """True while there is still something to be done for it."""
-        return self.state in (PENDING, RUNNING, INTERRUPTED)
-
-
-@dataclass
-class Record:
-    """The file of a queue. `folder` is where it was given: names of files in overrides are relative to it.
-
-    `anyway` also starts what this machine has not enough memory for.
-    """
-
-    path: Path
-    folder: str
-    entries: list[Entry]
-    anyway: bool = False
-
-    def save(self) -> None:
-        """Raises `OSError` where it cannot be written; the file is then as it was."""
-        entries = [asdict(entry) for entry in self.entries]
-        head = {"format": FORMAT, "folder": self.folder, "anyway": self.anyway}
-        write_json(self.path, {**head, "entries": entries})
-
-    @classmethod
-    def load(cls, path: Path) -> Record:
-        """Raises `UserError` for a file that is damaged or from a newer release."""
-        try:
-            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if stored["format"] > FORMAT:
-                raise UserError(f"{path} has format {stored['format']}; this release reads up to {FORMAT}")
-            entries = [Entry(**entry) for entry in stored["entries"]]
-            return cls(path, stored["folder"], entries, bool(stored.get("anyway")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read as a queue's record: {error!r}") from None
-
-
-def new_queue(
-    runs_folder: Path, profiles: Sequence[str], overrides: Sequence[str] = (), anyway: bool = False
-) -> Record:
-    """The record of a new queue, not yet written. Raises `UserError` where one of the profiles is wrong, or, but
-    `anyway`, where this machine has not enough memory for it."""
-    from engine.planner import plan, refuse_what_cannot_fit  # loads MLX
-
-    entries = []
-    for profile in profiles:
-        resolved, path = load_profile(profile, overrides), find_profile(profile)
-        try:
-            if not anyway:
-                refuse_what_cannot_fit(plan(resolved))
-        except UserError as error:
-            raise UserError(f"{profile}: {error}") from None
-        named = str(path.resolve()) if path == Path(profile) else profile
-        entries.append(Entry(named, list(overrides)))
-    load_config()
-    stamp, number = time.strftime("queue-%Y%m%d-%H%M%S"), 1
-    while (path := runs_folder / f"{stamp}{f'-{number}' if number > 1 else ''}.json").exists():
-        number += 1
-    return Record(path.absolute(), str(Path.cwd()), entries, anyway)
-
-
-def unfinished_queue(runs_folder: Path) -> Record | None:
-    """The newest queue of a folder of which something is left. Raises `UserError` where a file is damaged."""
-    paths = sorted(runs_folder.glob("queue-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    records = (Record.load(path.absolute()) for path in paths)
-    return next((record for record in records if any(entry.left for entry in record.entries)), None)
-
-
 class Queue:
     """Works a record off, in the main thread. SIGINT and SIGTERM stop the present run with a checkpoint, and the queue;
-    a lost terminal ends neither."""
+    a second SIGINT gives up a run that does not stop. A lost terminal ends neither."""
 
     def __init__(self, record: Record, runs_folder: Path) -> None:
         self._record, self._runs_folder = record, runs_folder.absolute()
         self._child: subprocess.Popen[bytes] | None = None
         self._signal: int | None = None
+        self._given_up = False
 
     def work(self) -> int:
         """Runs all that is left, in order; the exit code: that of the first entry that failed. Raises `UserError`
@@ -158,8 +66,11 @@ class Queue:
         return next((entry.exit_code for entry in self._record.entries if entry.exit_code), ExitCode.OK)
 
     def _stop(self, number: int, _: object) -> None:
+        self._given_up = self._given_up or (self._signal is not None and number == signal.SIGINT)
         self._signal = self._signal or number
-        if self._child is not None:
+        if self._child is not None and self._given_up:
+            self._child.kill()
+        elif self._child is not None:
             self._child.terminate()
 
     def _work_on(self, entry: Entry) -> None:
@@ -169,11 +80,10 @@ class Queue:
         self._save()
         run = RunDirectory(self._runs_folder / entry.run)
         if run.identity_path.exists():
-            self._wait_for_another(run)
-            attempt = _last_attempt(run)
+            self._wait_for_another(run, interrupted)
             if self._signal:
                 entry.state = INTERRUPTED
-            elif attempt and (attempt.state == State.FINISHED or (State(attempt.state).final and not interrupted)):
+            elif attempt := _done(run, interrupted):
                 # It has ended since this queue last looked; it was a process of its own.
                 entry.state, entry.reason, entry.exit_code = attempt.state, attempt.reason, _told_exit_code(run)
             else:
@@ -191,15 +101,7 @@ class Queue:
     def _train(self, entry: Entry, run: RunDirectory, arguments: list[str]) -> None:
         """Trains in a child until it has ended, and enters what it came to."""
         known = _last_attempt(run)
-        command = [
-            sys.executable,
-            "-m",
-            "retention_tui",
-            *arguments,
-            "--headless",
-            "--runs-dir",
-            str(self._runs_folder),
-        ]
+        command = fresh_process([*arguments, "--headless", "--runs-dir", str(self._runs_folder)])
         with tempfile.TemporaryFile() as errors:
             try:
                 # In a session of its own: neither Ctrl+C nor the loss of the terminal reaches it but through us.
@@ -232,21 +134,27 @@ class Queue:
             entry.state, entry.exit_code = INTERRUPTED, None
 
     def _wait_for_child(self, child: subprocess.Popen[bytes], run: RunDirectory) -> None:
-        told = time.monotonic()
+        told, stopping = time.monotonic(), False
         while True:
             try:
                 child.wait(_POLL_SECONDS)
                 return
             except subprocess.TimeoutExpired:
+                if self._signal and not stopping:
+                    stopping = True
+                    self._say(f"  {run.name} is stopped with a checkpoint; Ctrl+C once more gives it up as it is")
                 if time.monotonic() - told > _PROGRESS_SECONDS:
                     told = time.monotonic()
                     self._say_progress(run)
 
-    def _wait_for_another(self, run: RunDirectory) -> None:
-        """The process that trained it may have outlived the queue that started it."""
-        if run.is_live():
-            self._say(f"  {run.name} is still being trained by another process; waiting for it to end")
-        while run.is_live() and not self._signal:
+    def _wait_for_another(self, run: RunDirectory, interrupted: bool) -> None:
+        """The process that trained it may have outlived the queue that started it; or an app has the run on its
+        screen, which is waited for only where the run is to go on."""
+        told = False
+        while run.is_live() and not _done(run, interrupted) and not self._signal:
+            if not told:
+                self._say(f"  {run.name} is still with another process; waiting for that to end")
+            told = True
             time.sleep(_POLL_SECONDS)
         if run.is_live() and self._signal:
             self._stop_another(run, self._signal)
@@ -258,7 +166,7 @@ class Queue:
             self._say(f"  {run.name} is not stopped: {error}")
             return
         client.send(Stop(reason=f"stopped by {signal.Signals(number).name}"))
-        while run.is_live() and client.alive:
+        while run.is_live() and client.alive and not self._given_up:
             time.sleep(_POLL_SECONDS)
         client.close()
 
@@ -311,6 +219,14 @@ def _lock(folder: Path) -> int:
             f"another queue is at work in {folder}; stop that one first, or choose another --runs-dir"
         ) from None
     return descriptor
+
+
+def _done(run: RunDirectory, interrupted: bool) -> Attempt | None:
+    """The attempt with which a run has ended; none where it is to go on: also after a stop, if that was the queue's."""
+    attempt = _last_attempt(run)
+    if attempt and (attempt.state == State.FINISHED or (State(attempt.state).final and not interrupted)):
+        return attempt
+    return None
 
 
 def _last_attempt(run: RunDirectory) -> Attempt | None:

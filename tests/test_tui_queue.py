@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
+from engine.errors import UserError
+from engine.runs import RunLock
 from engine.store import RunDirectory
+from retention_tui.queue_record import new_queue, unfinished_queue
 
-COMMAND = [sys.executable, "-m", "retention_tui", "queue"]
+COMMAND = [sys.executable, "-P", "-m", "retention_tui", "queue"]
 QUICK = ["--set", "validate.every=0", "--set", "checkpoint.every=0", "--set", "model.layers=1"]
 LONG = [*QUICK, "--set", "train.steps=1000000"]
 
@@ -73,10 +77,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
     yield start
     for queue in started:
-        family = [queue.process.pid, *(child.pid for child in children(queue))]
-        for pid in family:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        queue.process.kill()
+    for process in psutil.process_iter():  # also the runs of a queue that is dead
+        with suppress(psutil.Error):
+            if str(tmp_path / "runs") in process.cmdline():
+                process.kill()
+    for queue in started:
         with suppress(ValueError):  # read to its end already
             queue.process.communicate()
 
@@ -94,42 +100,43 @@ def profile(tiny: Path, name: str, change: Callable[[str], str] = lambda text: t
 
 
 def test_one_after_the_other_whatever_becomes_of_each(start: Callable[..., Started], tiny: Path) -> None:
-    """The second fails, in a process of its own; the exit code is its."""
+    """The first fails, in a process of its own; the exit code is its. What lies in the present folder is not run."""
+    tiny.with_name("json.py").write_text("raise SystemExit('imported from the present folder')")
     broken = profile(tiny, "broken", lambda text: text.replace('"text"', '"nowhere"'))
-    queue = start(tiny, broken, tiny, "--set", "train.steps=2")
+    queue = start(broken, tiny, "--set", "train.steps=2", cwd=tiny.parent)
     code, output, errors = queue.end()
     assert (code, errors) == (2, "")
-    assert queue.states() == ["finished", "failed", "finished"]
-    first, second, third = queue.entries()
-    assert [entry["run"] for entry in (first, third)] == ["tiny", "tiny-2"]
-    assert "nowhere" in second["reason"] and second["exit_code"] == 2
-    assert first["ended"] <= second["started"] <= second["ended"] <= third["started"]
-    for name in ("tiny", "tiny-2"):
-        assert RunDirectory(queue.folder / name).summary().state == "finished"
-        assert (RunDirectory(queue.folder / name).last("loss") or (0,))[0] == 2
+    assert queue.states() == ["failed", "finished"]
+    first, second = queue.entries()
+    assert "nowhere" in first["reason"] and first["exit_code"] == 2
+    assert first["ended"] <= second["started"] <= second["ended"]
+    assert RunDirectory(queue.folder / "tiny").summary().state == "finished"
+    assert (RunDirectory(queue.folder / "tiny").last("loss") or (0,))[0] == 2
     assert not (queue.folder / "broken").exists()
-    last = output.splitlines()[-4:]
-    assert "2 finished, 1 failed" in last[0]
-    assert [line.split()[:2] for line in last[1:]] == [
-        ["finished", "tiny"],
-        ["failed", "broken"],
-        ["finished", "tiny-2"],
-    ]
+    last = output.splitlines()[-3:]
+    assert "1 failed, 1 finished" in last[0]
+    assert [line.split()[:2] for line in last[1:]] == [["failed", "broken"], ["finished", "tiny"]]
 
 
-def test_a_wrong_profile_is_refused_before_the_first_starts(start: Callable[..., Started], tiny: Path) -> None:
+def test_what_is_wrong_is_refused_before_the_first_starts(
+    start: Callable[..., Started], tiny: Path, tmp_path: Path
+) -> None:
     wrong = profile(tiny, "wrong", lambda text: text.replace("steps = 12", "stepz = 12"))
     queue = start(tiny, wrong)
     code, output, errors = queue.end()
     assert (code, output) == (2, "")
     assert "stepz" in errors and errors.count("\n") == 1
     assert not queue.folder.exists()
-    assert start().end()[0] == 2
-    vast = ["model.width=16384", "model.layers=200", "model.heads=256", "model.hidden=65536"]
-    code, output, errors = start(tiny, *(word for setting in vast for word in ("--set", setting))).end()
+    code, output, errors = start("--continue", "--set", "train.steps=3").end()
     assert (code, output) == (2, "")
-    assert "--anyway" in errors and str(tiny) in errors and errors.count("\n") == 1
+    assert "--set" in errors and "--continue" in errors and errors.count("\n") == 1
+    vast = ["model.width=16384", "model.layers=200", "model.heads=256", "model.hidden=65536"]
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tiny))}: .*--anyway"):
+        new_queue(queue.folder, [str(tiny)], vast)
     assert not queue.folder.exists()
+    (tmp_path / "queue-20260101-000000.json").write_text('{"format": 1, "entries": [{"pro')
+    with pytest.raises(UserError, match=r"^[^\n]*queue-20260101-000000.json cannot be read[^\n]*$"):
+        unfinished_queue(tmp_path)
 
 
 def test_a_signal_stops_the_run_with_a_checkpoint_and_the_queue_which_can_go_on(
@@ -149,14 +156,26 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_the_queue_which_can_go_on(
     assert (code, errors) == (0, "")
     assert again.states() == ["finished", "finished"]
     assert [attempt.from_step for attempt in run.attempts()] == [0, stopped_at]
+    (path,) = queue.folder.glob("queue-*.json")
+    path.write_text(path.read_text().replace('"state": "finished"', '"state": "running"', 1))
+    held = RunLock(run)  # as by an app that shows its end
     code, output, _ = start("--continue").end()
-    assert code == 0 and "nothing is left" in output
+    held.release()
+    assert code == 0 and queue.states() == ["finished", "finished"] and len(run.attempts()) == 2
+    assert unfinished_queue(queue.folder) is None
 
 
 def test_a_run_that_is_killed_or_stopped_alone_is_recorded_and_the_next_one_starts(
     start: Callable[..., Started], tiny: Path
 ) -> None:
-    queue = start(tiny, tiny, tiny, *LONG)
+    """Though its terminal is lost. The last run hangs, and is given up."""
+    master, slave = pty.openpty()
+    terminal = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True}
+    queue = start(tiny, tiny, tiny, *LONG, **terminal)
+    os.close(slave)
+    queue.wait_for_step("tiny")
+    os.close(master)
+    queue.process.send_signal(signal.SIGHUP)
     for run, number in (("tiny", signal.SIGKILL), ("tiny-2", signal.SIGTERM)):
         queue.wait_for_step(run)
         (child,) = children(queue)
@@ -169,6 +188,14 @@ def test_a_run_that_is_killed_or_stopped_alone_is_recorded_and_the_next_one_star
     second = start(tiny)  # one queue a folder
     code, _, errors = second.end()
     assert code == 2 and "another queue is at work" in errors and errors.count("\n") == 1
+    (child,) = children(queue)
+    child.suspend()
+    queue.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert queue.process.poll() is None
+    queue.process.send_signal(signal.SIGINT)
+    assert queue.end()[0] == 130
+    assert queue.states() == ["failed", "stopped", "interrupted"]
 
 
 def test_a_killed_queue_goes_on_with_the_run_that_was_under_way(start: Callable[..., Started], tiny: Path) -> None:
@@ -189,30 +216,10 @@ def test_a_killed_queue_goes_on_with_the_run_that_was_under_way(start: Callable[
     third = start("--continue")
     assert third.process.stdout is not None
     assert b"1 of 1" in third.process.stdout.readline()
-    assert b"waiting for it to end" in third.process.stdout.readline()
+    assert b"waiting for that to end" in third.process.stdout.readline()
     third.process.send_signal(signal.SIGTERM)
     code, output, errors = third.end()
     assert (code, errors) == (143, "")
     assert third.states() == ["interrupted"] and "queue --continue" in output
     summary = run.summary()
     assert summary.state == "stopped" and not summary.live and len(run.attempts()) == 2
-
-
-def test_a_lost_terminal_ends_neither_run_nor_queue(start: Callable[..., Started], tiny: Path) -> None:
-    master, slave = pty.openpty()
-    terminal = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True}
-    queue = start(tiny, tiny, *QUICK, "--set", "train.steps=30", **terminal)
-    os.close(slave)
-    queue.wait_for_step("tiny")
-    os.close(master)
-    queue.process.send_signal(signal.SIGHUP)
-    assert queue.end()[0] == 0
-    assert queue.states() == ["finished", "finished"]
-
-
-def test_a_damaged_record_is_one_line(start: Callable[..., Started], tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "queue-20260101-000000.json").write_text('{"format": 1, "entries": [{"pro')
-    code, output, errors = start("--continue").end()
-    assert (code, output) == (2, "")
-    assert "queue-20260101-000000.json cannot be read" in errors and errors.count("\n") == 1
