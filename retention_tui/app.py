@@ -52,6 +52,7 @@ class RetentionApp(App[str]):
     ) -> None:
         super().__init__(driver_class=driver_class)
         self._session, self._client = session, client
+        self._launcher: Launcher | None = None
         for look in (theme.DARK, theme.LIGHT):
             self.register_theme(look)
         self.theme = theme.DARK.name
@@ -59,8 +60,14 @@ class RetentionApp(App[str]):
 
     def get_default_screen(self) -> Screen[None]:
         if self._client is None:
-            return Launcher(self._session)
+            self._launcher = Launcher(self._session)
+            return self._launcher
         return RunScreen(self._client, move=self._session.move_to_background)
+
+    @property
+    def told_until(self) -> float | None:
+        """Up to when the launcher has told what happened, in seconds since the epoch; None where there is none."""
+        return self._launcher.told_until if self._launcher else None
 
     async def action_quit(self) -> None:
         """Asks as the key q does, on whatever screen; a question that is open already stays."""

@@ -16,6 +16,7 @@ from engine.errors import ExitCode
 from engine.lines import describe
 from retention_tui import headless
 from retention_tui.background import Background
+from retention_tui.client import Client
 from retention_tui.remote import RemoteClient
 from retention_tui.session import Session
 from retention_tui.visits import remember_look
@@ -54,8 +55,7 @@ def show(session: Session, watched: RemoteClient | None = None) -> int:
             choice = app.run()
             failed = bool(app.return_code)
             if choice is None and not failed:  # somebody was here and left; what comes now is news to them
-                shown = watched or session.client
-                remember_look(session.runs_folder, shown.run.name if shown is not None else None)
+                _remember(session, watched or session.client, app.told_until)
         except Exception:
             traceback.print_exc()
             failed = True
@@ -79,6 +79,14 @@ def show(session: Session, watched: RemoteClient | None = None) -> int:
     if not told and session.ended is not None and session.ended.exit_code == ExitCode.OK:
         print(f"{run.name}: {describe(session.ended)}")
     return code
+
+
+def _remember(session: Session, shown: Client | None, told_until: float | None) -> None:
+    """What the launcher has told, and all of a run that was shown, is no news any more."""
+    if told_until is not None:
+        remember_look(session.runs_folder, moment=told_until)
+    if shown is not None:
+        remember_look(session.runs_folder, shown.run.name)
 
 
 def in_background(background: Background | RemoteClient) -> str:

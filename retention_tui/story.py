@@ -28,14 +28,15 @@ class News:
     text: str
 
 
-def while_away(runs_folder: Path) -> list[News]:
-    """What happened to the runs of a folder since somebody last looked: the gravest first, then the newest.
-    Reads the disk."""
-    since, news = last_look(runs_folder), []
+def while_away(runs_folder: Path, since: float = 0.0) -> list[News]:
+    """What happened to the runs of a folder since a moment, and since somebody last looked: the gravest first, then the
+    newest. Reads the disk."""
+    since, news = max(since, last_look(runs_folder)), []
     for path in runs_folder.glob("[!.]*"):
         run = RunDirectory(path)
         try:
-            if _last_written(run) > since and (told := befallen(report(run), last_look(runs_folder, run.name))):
+            seen = max(since, last_look(runs_folder, run.name))
+            if _last_written(run) > seen and (told := befallen(report(run), seen)):
                 news.append(told)
         except (UserError, KeyError, TypeError, ValueError, OSError):  # damaged; the list of runs says so
             continue

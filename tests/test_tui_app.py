@@ -18,7 +18,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input, OptionList
 
 from engine.events import State
-from engine.runs import list_runs
+from engine.runs import RunLock, list_runs
 from engine.store import RunDirectory
 from retention_tui.app import RetentionApp
 from retention_tui.screens.launcher import Launcher
@@ -129,6 +129,7 @@ async def test_the_launcher_starts_a_profile_and_shows_the_run_that_it_left(
         await until(pilot, lambda: "12 of 12" in seen(app) and "all 12 steps are done" in seen(app))
         await pilot.press("enter")
         await until(pilot, lambda: "retention-tui generate tiny" in seen(app))
+        assert "While you were away" not in seen(app)  # it was seen
         await pilot.press("q")
     assert app.return_value is None
     assert not session.running
@@ -152,10 +153,14 @@ async def test_the_launcher_tells_what_happened_while_one_was_away_and_keeps_its
         await until(pilot, lambda: re.search(r"● a-night-with-.*… *100 %", seen(app)))
         await pilot.press("end")
         await until(pilot, lambda: "● damaged" in seen(app) and "json cannot be read" in seen(app))
+        await pilot.press("escape")
+        await until(pilot, lambda: "While you were away" not in seen(app))
         session.start(str(tiny), ["train.steps=2"], name="later")
         session.finish()
         await until(pilot, lambda: re.search(r"● later +100 %", seen(app)))  # nobody has asked for it
         assert "● damaged" in seen(app) and "json cannot be read" in seen(app)  # what is highlighted stays
+        await until(pilot, lambda: re.search(r"\d\d:\d\d +later finished", seen(app)))
+        assert f"{name} finished" not in seen(app)  # it was dismissed
         await pilot.press("escape")
         await until(pilot, lambda: "While you were away" not in seen(app))
         await pilot.press("question_mark")
@@ -190,9 +195,15 @@ async def test_the_launcher_resumes_a_stopped_run_with_its_curves(session: Sessi
         await until(pilot, lambda: "● stopped" in seen(app))
         stopped_at = step_shown(app)
         await pilot.press("q")
+    session.finish()
     app = RetentionApp(session)
     async with app.run_test(size=(130, 40)) as pilot:
         await until(pilot, lambda: "night" in seen(app))
+        held = RunLock(client.run)  # as while another process that resumes it is loading
+        await click_on(pilot, "night")
+        await until(pilot, lambda: "Enter Watch" in seen(app))
+        held.release()
+        await until(pilot, lambda: "Enter Resume" in seen(app))
         await click_on(pilot, "night", times=2)
         await until(pilot, lambda: isinstance(app.screen, RunScreen) and step_shown(app) > stopped_at)
         await pilot.press("3")

@@ -7,20 +7,16 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from itertools import groupby
 from typing import ClassVar, cast
 
 import psutil
-from rich.cells import cell_len
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.content import Content
-from textual.events import Click, Resize
 from textual.screen import Screen
 from textual.widgets import OptionList, Static
-from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
 from engine.errors import UserError
@@ -35,7 +31,6 @@ from retention_tui.client import Client
 from retention_tui.foresight import ask_for_plan
 from retention_tui.history import Series
 from retention_tui.plan_view import Table
-from retention_tui.progress import Weight
 from retention_tui.remote import RemoteClient
 from retention_tui.screens.help import Help
 from retention_tui.screens.run import RunScreen
@@ -43,38 +38,16 @@ from retention_tui.session import Session
 from retention_tui.story import News, while_away
 from retention_tui.theme import FAINT
 from retention_tui.visits import remember_look
-from retention_tui.widgets.details import CURVES, Details, state_colour
+from retention_tui.widgets.choices import CHOOSE, Choices
+from retention_tui.widgets.details import CURVES, Details
 from retention_tui.widgets.keybar import KeyBar
+from retention_tui.widgets.while_away import WhileAway
 
 _PLAN_AFTER_SECONDS = 0.4
 """A profile that is only passed by is not planned."""
 
-KINDS = {"retention-lm": "language models"}
-"""What the kinds of runs are called in the list; an unknown one is called what it is."""
 REFRESH_SECONDS, REFRESH_SHARE = 3.0, 0.05
 """How often the lists are read, and what part of the time that may take at most."""
-NEWS_COLOURS = {
-    Weight.PLAIN: "$foreground",
-    Weight.GOOD: "$foreground",
-    Weight.WARNING: "$warning",
-    Weight.CRITICAL: "$error",
-}
-_BESIDE_NAME, _LOSS_WIDTH, _SHORTEST_NAME = 9, 7, 8
-CHOOSE = "Start it, resume it, or watch it"
-
-
-class Choices(OptionList):
-    """A click shows what it hits; only Enter and a double click choose it, as training is no small thing to start."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Choose", key_display="Enter", tooltip=CHOOSE)]
-
-    async def on_click(self, event: Click) -> None:
-        event.prevent_default()
-        option = event.style.meta.get("option")
-        if option is not None and not self.get_option_at_index(option).disabled:
-            self.highlighted = option
-            if event.chain == 2:
-                self.action_select()
 
 
 class Launcher(Screen[None]):
@@ -107,7 +80,10 @@ class Launcher(Screen[None]):
         self._order: list[str] = []
         self._detailed = ""
         self._refresh_at = 0.0
-        self._news: list[News] = []
+        self.told_until: float | None = None
+        """Up to when it has told what happened, in seconds since the epoch; None while it has not yet looked."""
+        self._dismissed_until = 0.0
+        self._run_shown = ""
         self._busy = self._quitting = False
 
     def compose(self) -> ComposeResult:
@@ -115,22 +91,16 @@ class Launcher(Screen[None]):
             yield Static("retention-tui", id="name")
             yield Static(_machine(), id="machine")
         with Horizontal(id="body"):
-            yield Choices(id="choices", markup=False)
+            yield Choices(id="choices")
             yield Details()
-        yield Static(id="news")
+        yield WhileAway(id="news")
         yield Static(id="said")
         yield KeyBar(cast(list[Binding], self.BINDINGS))
 
     def on_mount(self) -> None:
         self.query_one("#choices").border_title = Content.styled("profiles and runs", "bold")
-        self.query_one("#news").display = False
         self.set_interval(REFRESH_SECONDS, self._refresh_if_shown)
         self.action_refresh()
-        self._read_news()
-
-    def on_resize(self, _: Resize) -> None:
-        self.call_after_refresh(self._show_choices)
-        self._write_news()
 
     # What there is, read in threads
 
@@ -146,82 +116,42 @@ class Launcher(Screen[None]):
 
     @work(thread=True, exclusive=True, group="lists", exit_on_error=False)
     def _read_lists(self) -> None:
-        began = time.monotonic()
+        began, until, since = time.monotonic(), time.time(), self._dismissed_until
         profiles, runs = list_profiles(), list_runs(self._session.runs_folder)
+        news = while_away(self._session.runs_folder, since)
         self._refresh_at = began + (time.monotonic() - began) / REFRESH_SHARE
         if not get_current_worker().is_cancelled:
             self.app.call_from_thread(self._show_lists, profiles, runs)
+            self.app.call_from_thread(self._show_news, news, since, until)
 
     def _show_lists(self, profiles: list[ProfileFile], runs: list[RunSummary]) -> None:
-        """Takes the lists; where nothing has changed, nothing is drawn. Runs keep their places, new ones come first."""
+        """Takes the lists. Runs keep their places, new ones come first."""
         place = {name: index for index, name in enumerate(self._order)}
         runs = sorted(runs, key=lambda run: place.get(run.name, -1))
         before, self._order = self._runs, [run.name for run in runs]
         self._profiles = {f"profile:{profile.name}": profile for profile in profiles}
         self._runs = {f"run:{run.name}": run for run in runs}
-        self._show_choices()
+        self.query_one(Choices).show(profiles, runs)
         name = self._highlighted
         if not self._detailed or (name in before and self._runs.get(name) != before[name]):
             self._detail(name)
 
-    def _show_choices(self) -> None:
-        """Writes the list, with the highlight where it was."""
-        if not self._profiles:  # not yet read
-            return
-        choices = self.query_one("#choices", OptionList)
-        highlighted = self._highlighted or "profile:demo"
-        width = choices.scrollable_content_region.width
-        options = [*_profile_options(list(self._profiles.values())), *_run_options(list(self._runs.values()), width)]
-        ids = [option.id for option in options]
-        if ids == [option.id for option in choices.options]:
-            for index, (old, new) in enumerate(zip(choices.options, options, strict=True)):
-                if old.prompt != new.prompt:
-                    choices.replace_option_prompt_at_index(index, new.prompt)
-            return
-        choices.clear_options().add_options(options)
-        choices.highlighted = ids.index(highlighted) if highlighted in ids else next(
-            (index for index, option in enumerate(options) if not option.disabled), None
-        )  # fmt: skip
-
     # What happened while nobody was here
 
-    @work(thread=True, group="news", exit_on_error=False)
-    def _read_news(self) -> None:
-        news = while_away(self._session.runs_folder)
-        if news and not get_current_worker().is_cancelled:
-            self.app.call_from_thread(self._show_news, news)
-
-    def _show_news(self, news: list[News]) -> None:
-        self._news = news
-        self.query_one("#news").display = True
-        self._write_news()
-
-    def _write_news(self) -> None:
-        """A heading, and a line for each of as many runs as there is room for."""
-        width, room = self.size.width - 4, min(4, max(2, self.size.height // 8))
-        shown = self._news[: room - (len(self._news) > room)]
-        clocks = [wording.clock(item.time) for item in shown]
-        column = max((len(clock) for clock in clocks), default=0)
-        lines = [
-            Content.assemble((f"{clock:>{column}}  ", FAINT), (item.text, NEWS_COLOURS[item.weight]))
-            for clock, item in zip(clocks, shown, strict=True)
-        ]
-        if len(shown) < len(self._news):
-            lines.append(Content.styled(f"and {len(self._news) - len(shown)} more runs", FAINT))
-        hint = Content.assemble(("Esc", "bold $primary"), (" dismiss", FAINT))
-        heading = Content.styled("While you were away", "bold")
-        lines.insert(0, heading + " " * max(1, width - heading.cell_length - hint.cell_length) + hint)
-        text = Content("\n").join(line.truncate(max(1, width), ellipsis=True) for line in lines)
-        self.query_one("#news", Static).update(text)
+    def _show_news(self, news: list[News], since: float, until: float) -> None:
+        if since == self._dismissed_until:  # else it was dismissed meanwhile
+            self.query_one(WhileAway).show(news)
+            self.told_until = until
 
     def action_dismiss_news(self) -> None:
-        if self.query_one("#news").display:
-            self.query_one("#news").display = False
-            self._remember()
+        if self.told_until is not None and self.query_one(WhileAway).display:
+            self._dismissed_until = self.told_until
+            self.query_one(WhileAway).show([])
+            self._remember(self.told_until)
 
     @work(thread=True, group="news", exit_on_error=False)
-    def _remember(self) -> None:
-        remember_look(self._session.runs_folder)
+    def _remember(self, moment: float) -> None:
+        remember_look(self._session.runs_folder, moment=moment)
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         event.stop()
@@ -327,9 +257,7 @@ class Launcher(Screen[None]):
 
     @property
     def _highlighted(self) -> str:
-        """The id of what is highlighted; empty where nothing is."""
-        highlighted = self.query_one("#choices", OptionList).highlighted_option
-        return highlighted.id if highlighted and highlighted.id else ""
+        return self.query_one(Choices).chosen
 
     def _choose(self, start: Callable[[str], Client], resume: Callable[[str], Client], where: str) -> None:
         """Asked twice, it is done once."""
@@ -340,11 +268,20 @@ class Launcher(Screen[None]):
             self._start(f"starting {profile.name}{where}…", lambda: start(str(profile.path)))
         elif run := self._runs.get(name):
             if _trains(run):
-                self._start(f"looking for {run.name}…", lambda: RemoteClient(RunDirectory(run.path)))
+                self._start(f"looking for {run.name}…", lambda: self._watch(run, resume))
             elif run.state == State.FINISHED:
                 self._say(f"{run.name} is finished; to hear it: retention-tui generate {run.name} -p TEXT")
             else:
                 self._start(f"resuming {run.name}{where}…", lambda: resume(str(run.path)))
+
+    def _watch(self, run: RunSummary, resume: Callable[[str], Client]) -> Client:
+        """Of a run that has stopped, whoever has it may only show that: it is resumed, or that is refused in words."""
+        try:
+            return RemoteClient(RunDirectory(run.path))
+        except UserError:
+            if not State(run.state).final:
+                raise
+            return resume(str(run.path))
 
     def _start(self, said: str, start: Callable[[], Client]) -> None:
         self._busy = True
@@ -364,19 +301,22 @@ class Launcher(Screen[None]):
             else:
                 self._say("")
                 self.action_dismiss_news()
+                self._run_shown = client.run.name
                 screen = RunScreen(client, home=True, move=self._session.move_to_background)
                 self.app.push_screen(screen, self._back)
         finally:
             self._end_work()
 
     def _back(self, _: None) -> None:
-        """The run that was shown has ended, if it was of this process: its lock goes back. The lists are read again."""
+        """The run that was shown has ended, if it was of this process: its lock goes back. What was shown of it is no
+        news. The lists are read again."""
         self._busy = True
         self._settle()
 
     @work
     async def _settle(self) -> None:
         await asyncio.to_thread(self._session.finish)
+        await asyncio.to_thread(remember_look, self._session.runs_folder, self._run_shown)
         self._session.client = self._session.ended = None  # its end was seen; nothing of it is told again
         self.action_refresh()
         self._end_work()
@@ -405,40 +345,8 @@ class Launcher(Screen[None]):
 
 
 def _trains(run: RunSummary) -> bool:
-    """Whether another process is at it."""
-    return run.live and run.state != DAMAGED and not State(run.state).final
-
-
-def _profile_options(profiles: list[ProfileFile]) -> list[Option]:
-    """The profiles under the names of their kinds, the user's own under a heading of their own."""
-
-    def group(profile: ProfileFile) -> str:
-        return "your own" if profile.own else KINDS.get(profile.kind, profile.kind)
-
-    options: list[Option] = []
-    for name, members in groupby(sorted(profiles, key=lambda profile: profile.own), key=group):
-        options.append(_heading(name, first=not options))
-        options += [Option(Content(f"  {profile.name}"), id=f"profile:{profile.name}") for profile in members]
-    return options
-
-
-def _run_options(runs: list[RunSummary], width: int) -> list[Option]:
-    """A line for each run, of this width: of a long name only as much as there is room for."""
-    options = [_heading("runs")]
-    longest = max((cell_len(run.name) for run in runs), default=0)
-    with_loss = longest <= width - _BESIDE_NAME - _LOSS_WIDTH
-    room = min(longest, max(_SHORTEST_NAME, width - _BESIDE_NAME - (_LOSS_WIDTH if with_loss else 0)))
-    for run in runs:
-        name = Content(run.name).truncate(room, ellipsis=True)
-        done = f"{int(100 * run.step / run.total_steps):>3} %" if run.total_steps else "    –"
-        line = Content.assemble(("● ", state_colour(run.state)), name, " " * (room - name.cell_length))
-        line += Content.styled(f"  {done}" + (f"  {wording.number(run.loss)}" if with_loss else ""), FAINT)
-        options.append(Option(line, id=f"run:{run.name}"))
-    return options if runs else [*options, Option(Content.styled("  none yet", FAINT), disabled=True)]
-
-
-def _heading(name: str, first: bool = False) -> Option:
-    return Option(Content.styled(name if first else f"\n{name}", "$foreground 55%"), disabled=True)
+    """Whether another process is at it. One that was stopped and is live may just be loading again."""
+    return run.live and run.state not in (DAMAGED, State.FINISHED)
 
 
 def _machine() -> Content:
