@@ -1,15 +1,18 @@
-"""A run's Unix socket: whoever may write to the run directory may watch the run from another process, and steer it.
+"""A run's Unix socket: the user who trains a run may watch it from other processes, and steer it.
 
     RUN/control.sock     the socket, 0600; where that path is too long, in a temporary folder of its own, 0700
-    RUN/control.json     where it is and whose it is; a file of its own, as it comes and goes while run.json stays
+    RUN/control.json     where it is and whose: "control.sock" for the run's own, else an absolute path; a file of its
+                         own, as it comes and goes while run.json stays
 
 Lines of JSON go both ways (`engine.wire`). A watcher begins with
 
     {"hello": 1, "looks_only": false}
 
-and is answered with {"welcome": 1, "run": …, "pid": …, "past": N}, then N events that tell where the run stands, then
-every event as it happens. What it sends are commands. A line that is not understood, or is more than looking where only
-that was asked for, is answered with {"refused": "why"} and logged. History comes from the store, as for any screen.
+and is answered with {"welcome": 1, "run": …, "serving": …, "past": N}, where `serving` is control.json's, then N events
+that tell where the run stands, then every event as it happens. Each has a `number` of its own (pieces of answers have
+none), so that who connects again knows what is news. What a watcher sends are commands. A line that is not understood,
+or is more than looking where only that was asked for, is answered with {"refused": "why"}, with the `answer` that was
+asked for if any, and logged. History comes from the store, as for any screen.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ import socket
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from engine.commands import CancelGeneration, Command, Generate
-from engine.control_socket import SOCKET_NAME, address_path, bind, peer_uid, remove_stale_socket
-from engine.durable import write_json
+from engine.control_socket import SOCKET_NAME, address_path, bind, peer_uid, remove_stale_socket, write_address
 from engine.events import Event, RunEnded
 from engine.store import RunDirectory
 from engine.watchers import Present, Watcher
@@ -56,6 +59,7 @@ class ControlServer:
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._path: Path | None = None
+        self._serving = uuid.uuid4().hex
         self._waker, self._wakened = socket.socketpair()
         self._wakened.setblocking(False)
         self._over = False
@@ -66,8 +70,9 @@ class ControlServer:
         remove_stale_socket(self._run)
         try:
             self._listen()
-        except OSError as error:
-            self._log.write(f"this run cannot be watched from elsewhere: {error.strerror or error}")
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self._log.write(f"this run cannot be watched from elsewhere: {reason}")
             self._remove()
         else:
             self._thread.start()
@@ -79,6 +84,8 @@ class ControlServer:
             self._waker.send(b"x")
         if self._thread.ident is not None:
             self._thread.join(2 * _PATIENCE_SECONDS)
+        else:  # it has never begun
+            self._remove()
         self._waker.close()
 
     # The socket
@@ -88,7 +95,7 @@ class ControlServer:
         self._path = bind(self._listener, self._run.path / SOCKET_NAME)
         self._path.chmod(0o600)  # nobody can have connected: it does not listen yet
         self._listener.listen(WATCHERS)
-        write_json(address_path(self._run), {"format": 1, "path": str(self._path), "pid": os.getpid()})
+        write_address(self._run, self._path, self._serving)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wakened, selectors.EVENT_READ)
 
@@ -136,10 +143,10 @@ class ControlServer:
 
     def _publish(self, events: Iterable[Event]) -> None:
         for event in events:
-            self._present.take(event)
+            number = self._present.take(event)
             self._over = self._over or isinstance(event, RunEnded)
             if self._watchers:
-                line = event_to_line(event)
+                line = event_to_line(event, number)
                 for watcher in self._watchers:
                     watcher.put(event, line)
         for watcher in tuple(self._watchers):
@@ -195,11 +202,14 @@ class ControlServer:
         for line in lines:
             if watcher not in self._watchers:
                 return
+            message: dict[str, Any] = {}
             try:
-                self._obey(watcher, parse(line))
+                message = parse(line)
+                self._obey(watcher, message)
             except WireError as error:
                 watcher.refusals += 1
-                self._refuse(watcher, str(error), leave=not watcher.welcome or watcher.refusals >= _REFUSALS)
+                leave = not watcher.welcome or watcher.refusals >= _REFUSALS
+                self._refuse(watcher, str(error), leave, message.get("answer"))
 
     def _obey(self, watcher: Watcher, message: dict[str, Any]) -> None:
         if not watcher.welcome:
@@ -216,16 +226,16 @@ class ControlServer:
 
     def _welcome(self, watcher: Watcher) -> None:
         past = self._present.events()
-        about = {"welcome": PROTOCOL, "run": self._run.name, "pid": os.getpid(), "past": len(past)}
+        about = {"welcome": PROTOCOL, "run": self._run.name, "serving": self._serving, "past": len(past)}
         watcher.welcome = True
         watcher.say(about)
-        for event in past:
-            watcher.put(event, event_to_line(event))
+        for number, event in past:
+            watcher.put(event, event_to_line(event, number))
         self._flush(watcher)
 
-    def _refuse(self, watcher: Watcher, reason: str, leave: bool = False) -> None:
+    def _refuse(self, watcher: Watcher, reason: str, leave: bool = False, answer: object = None) -> None:
         self._log.write(f"refused: {reason}")
-        watcher.say({"refused": reason})
+        watcher.say({"refused": reason, **({"answer": answer} if isinstance(answer, str) else {})})
         self._flush(watcher)
         if leave:
             self._drop(watcher)

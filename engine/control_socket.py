@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.commands import Command
+from engine.durable import write_json
 from engine.store import RunDirectory
 from engine.wire import LONGEST_COMMAND_BYTES, LONGEST_EVENT_BYTES, PROTOCOL, Lines, WireError, command_to_json, parse
 
@@ -26,10 +27,11 @@ _PATIENCE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a run is served: its socket, and the process behind it."""
+    """Where a run is served: its socket, the process behind it, and a word that is this serving's alone."""
 
     path: Path
     pid: int
+    serving: str
 
 
 def address_path(run: RunDirectory) -> Path:
@@ -39,11 +41,23 @@ def address_path(run: RunDirectory) -> Path:
 def read_address(run: RunDirectory) -> Address | None:
     """Where a run says that it is served; it may be out of date. None where it does not say so."""
     try:
-        known = json.loads(address_path(run).read_text(encoding="utf-8"))
-        path, pid = Path(known["path"]), int(known["pid"])
-        return Address(path, pid) if path.name == SOCKET_NAME else None
-    except (OSError, ValueError, KeyError, TypeError):
+        known = json.loads(address_path(run).read_bytes())
+        path, pid, serving = known["path"], known["pid"], known["serving"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
+    if not (isinstance(path, str) and isinstance(serving, str) and type(pid) is int and 0 < pid < 2**31):
+        return None
+    if path == SOCKET_NAME:  # the run may be called by another path here, or have been moved
+        return Address(run.path / path, pid, serving)
+    elsewhere = Path(path)
+    safe = elsewhere.is_absolute() and elsewhere.name == SOCKET_NAME and "\0" not in path and _is_text(path)
+    return Address(elsewhere, pid, serving) if safe else None
+
+
+def write_address(run: RunDirectory, path: Path, serving: str) -> None:
+    """Says where this process serves a run. Raises `OSError`."""
+    where = path.name if path.parent == run.path else str(path.absolute())
+    write_json(address_path(run), {"format": 1, "path": where, "pid": os.getpid(), "serving": serving})
 
 
 def remove_stale_socket(run: RunDirectory) -> None:
@@ -62,7 +76,7 @@ def remove_stale_socket(run: RunDirectory) -> None:
 
 def bind(listener: socket.socket, path: Path) -> Path:
     """Binds in the run, or where that cannot be (a long path, a file system without sockets) in a folder of its own."""
-    if len(os.fsencode(path)) <= LONGEST_PATH_BYTES:
+    if len(os.fsencode(path.resolve())) <= LONGEST_PATH_BYTES:  # which is what others know it by
         with contextlib.suppress(OSError):
             listener.bind(str(path))
             return path
@@ -76,6 +90,13 @@ def bind(listener: socket.socket, path: Path) -> Path:
         folder.rmdir()
         raise
     return folder / path.name
+
+
+def _is_text(path: str) -> bool:
+    try:
+        return bool(os.fsencode(path))
+    except UnicodeEncodeError:  # half of a character
+        return False
 
 
 def peer_uid(connection: socket.socket) -> int | None:
@@ -112,12 +133,14 @@ class Connection:
             welcome, *self._ahead = self._ahead
             if "refused" in welcome:
                 raise WireError(str(welcome["refused"]))
-            if type(welcome.get("past")) is not int or type(welcome.get("pid")) is not int:
+            if type(welcome.get("past")) is not int:
                 raise WireError("it does not speak as a run does")
+            if welcome.get("serving") != address.serving:
+                raise ConnectionRefusedError("something else answers there")
         except BaseException:
             self._socket.close()
             raise
-        self.pid: int = welcome["pid"]
+        self.pid, self.serving = address.pid, address.serving
         self.past: int = welcome["past"]
         self._socket.settimeout(None)
 

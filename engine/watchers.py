@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections import deque
+from operator import itemgetter
 from typing import Any
 
 from engine.events import (
@@ -22,8 +23,8 @@ from engine.events import (
 )
 from engine.wire import LONGEST_COMMAND_BYTES, Lines
 
-EVENTS_KEPT = 1000
-"""What was said of late and a watcher that comes late is told, as many as its log holds."""
+EVENTS_KEPT = 200
+"""What was said of late and a watcher that comes late is told; what came before, it finds in the store."""
 _GREETING_SECONDS = 10.0
 _STALL_SECONDS = 60.0
 _STEPS_WAITING = 2048
@@ -38,9 +39,10 @@ class Present:
         self._newest: dict[type[Event], tuple[int, Event]] = {}
         self._count = 0
 
-    def take(self, event: Event) -> None:
+    def take(self, event: Event) -> int | None:
+        """Its number, counted from 1; none where it is a piece of an answer, which is its asker's alone."""
         if isinstance(event, AnswerStarted | AnswerText | AnswerEnded):
-            return
+            return None
         self._count += 1
         if isinstance(event, RunOpened):  # it may have gone back: what was measured beyond is of no account now
             kept = (item for item in self._said if not (isinstance(item[1], Validated) and item[1].step > event.step))
@@ -51,11 +53,12 @@ class Present:
             self._said.append(self._newest[StepCompleted])  # an alarm is marked at its step
         if not isinstance(event, StepCompleted | Reading):
             self._said.append((self._count, event))
+        return self._count
 
-    def events(self) -> list[Event]:
-        """Oldest first."""
+    def events(self) -> list[tuple[int, Event]]:
+        """With their numbers, oldest first."""
         kept = dict((*self._said, *self._newest.values()))
-        return [kept[number] for number in sorted(kept)]
+        return sorted(kept.items(), key=itemgetter(0))
 
 
 class Watcher:

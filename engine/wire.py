@@ -67,9 +67,12 @@ def command_to_json(command: Command) -> str:
     return json.dumps({"command": _NAMES[type(command)], **fields}, ensure_ascii=True, allow_nan=False)
 
 
-def event_to_line(event: Event) -> bytes:
-    """One line of `engine.events.to_json`, with its end."""
-    return to_json(event).encode("utf-8", "replace") + b"\n"
+def event_to_line(event: Event, number: int | None = None) -> bytes:
+    """One line of `engine.events.to_json`, with its end, and with a `number` before all else where it has one."""
+    text = to_json(event)
+    if number is not None:
+        text = f'{{"number": {number}, {text[1:]}'
+    return text.encode("utf-8", "replace") + b"\n"
 
 
 def read_command(message: Mapping[str, Any]) -> Command:
@@ -89,8 +92,14 @@ def read_command(message: Mapping[str, Any]) -> Command:
 
 def read_event(message: Mapping[str, Any]) -> Event:
     """An event as it was before it became JSON: from the socket, or from the store. Raises `WireError`."""
-    event: Event = _read(message, "event", _EVENTS)
+    event: Event = _read({key: value for key, value in message.items() if key != "number"}, "event", _EVENTS)
     return event
+
+
+def read_number(message: Mapping[str, Any]) -> int | None:
+    """The number of a message, where it has one."""
+    number = message.get("number")
+    return number if type(number) is int else None
 
 
 def parse(line: bytes) -> dict[str, Any]:

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from engine.commands import Command
-from engine.events import Event
+from engine.events import Event, State
 from engine.store import RunDirectory
-
-INTERRUPTED = "interrupted"
-"""What a run is called whose process is gone, and that has not said its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +17,16 @@ class ConnectionLost(Event):
     kind: ClassVar[str] = "connection_lost"
     text: str
     word: str
-    """For the run's state: `INTERRUPTED` where the process that trained is gone, else it may still train."""
+    """For the run's state: `interrupted` where the process that trained is gone, else it may still train."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconnected(Event):
+    """The connection broke and was made again; meanwhile steps may have been missed, which the store has."""
+
+    kind: ClassVar[str] = "reconnected"
+    state: State
+    """What the run is doing now."""
 
 
 class Client(Protocol):

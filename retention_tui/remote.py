@@ -11,21 +11,25 @@ from typing import Any
 from engine.commands import Command, Generate
 from engine.control_socket import Connection, read_address
 from engine.errors import UserError
-from engine.events import Alarm, AnswerEnded, Event, Notice, RunEnded, State
+from engine.events import Alarm, AnswerEnded, Event, Notice, RunEnded, RunOpened, State, StateChanged
+from engine.report import INTERRUPTED
 from engine.store import RunDirectory
-from engine.wire import WireError, read_event
+from engine.wire import WireError, read_event, read_number
 from engine.worker import Mailbox
-from retention_tui.client import INTERRUPTED, ConnectionLost
+from retention_tui.client import ConnectionLost, Reconnected
 
 _PATIENCE_SECONDS = 2.0
 _LOOK_SECONDS = 0.05
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
+_CONNECTION_LOST = "connection lost"
 
 
 class RemoteClient:
     """Watches a live run. See `retention_tui.client.Client`.
 
     Raises `UserError` where the run is not live, or cannot be watched. A connection that breaks while the run goes on
-    (a watcher that was suspended for long is dropped) is made again.
+    (a watcher that was suspended for long is dropped) is made again. A command that did not get through then does, or
+    it is said that it has not; an answer that was coming in ends.
     """
 
     here = False
@@ -36,11 +40,17 @@ class RemoteClient:
         self.lost: ConnectionLost | None = None
         self.arrived = threading.Event()
         """Set once all has been received that tells where the run stands."""
-        self._closed = False
+        self._closing = threading.Event()
         self._mailbox = Mailbox()
         self._outbox: SimpleQueue[Command | None] = SimpleQueue()
-        self._newest = 0.0  # the time of the newest event
+        self._newest = 0  # the number of the newest event
+        self._attempt: int | None = None
+        self._state = State.LOADING
+        self._answers: dict[str, bool] = {}  # those that were asked for and have not ended
+        self._held: list[Event] | None = None  # news of a connection that was made again, until all of it is there
         self._connection = connect(run, looks_only)
+        self._changed = threading.Condition()  # another connection, or the end of them
+        self._since, self._pause_seconds = time.monotonic(), _SHORTEST_PAUSE_SECONDS
         self._past = self._connection.past
         if not self._past:
             self.arrived.set()
@@ -63,72 +73,150 @@ class RemoteClient:
         return self._mailbox.take(timeout_seconds)
 
     def close(self) -> None:
-        self._closed = True
+        with self._changed:
+            self._closing.set()
+            self._changed.notify_all()
         self._outbox.put(None)
         self._connection.close()
 
-    # The threads
+    # The reader
 
     def _read(self) -> None:
-        while self.alive and not self._closed:
+        while self.alive and not self._closing.is_set():
             try:
                 for message in self._connection.receive():
                     self._take(message)
             except (OSError, WireError) as error:
-                if self.alive and not self._closed:
+                if self.alive and not self._closing.is_set():
                     self._connect_again(error)
         self.close()
 
     def _take(self, message: dict[str, Any]) -> None:
         if "refused" in message:
-            self._mailbox.put(Alarm(level="warning", text=f"refused: {message['refused']}"))
+            reason = f"refused: {message['refused']}"
+            self._mailbox.put(Alarm(level="warning", text=reason))
+            self._end_answer(message.get("answer"), reason)
             return
-        past, self._past = self._past > 0, max(0, self._past - 1)
         try:
             event = read_event(message)
         except WireError as error:  # the releases differ
             event = Notice(text=f"not understood: {error}")
-        if not (past and event.time <= self._newest):  # else told again after the connection was made again
-            self._newest = max(self._newest, event.time)
-            self._mailbox.put(event)
+        match event:
+            case StateChanged():
+                self._state = event.state
+            case RunOpened():
+                self._attempt = event.attempt
+            case AnswerEnded():
+                self._answers.pop(event.answer, None)
+        number = read_number(message)
+        if number is None or number > self._newest:  # else told again after the connection was made again
+            self._newest = number or self._newest
+            self._put(event)
+        self._past = max(0, self._past - 1)
         if not self._past:
-            self.arrived.set()
+            self._arrive()
+
+    def _put(self, event: Event) -> None:
+        if self._held is not None:
+            self._held.append(event)
+            return
+        self._mailbox.put(event)
         if isinstance(event, RunEnded):
             self.ended = event
 
+    def _arrive(self) -> None:
+        self.arrived.set()
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._mailbox.put(Reconnected(state=self._state))
+            for event in held:
+                self._put(event)
+
     def _connect_again(self, error: Exception) -> None:
         """Goes on with the same process, or says that nothing more will come."""
-        pid, words = self._connection.pid, str(error)
         self._connection.close()
+        for answer in tuple(self._answers):
+            self._end_answer(answer, _CONNECTION_LOST)
+        self._pause()
+        old, words = self._connection, str(error)
         try:
             connection = connect(self.run, self.looks_only)
         except UserError as failure:
-            words = str(failure)
-        else:
-            if connection.pid == pid and not self._closed:
-                self._connection, self._past = connection, connection.past
-                return
+            self._give_up(_how_it_ended(self.run, self._attempt) or self._loss(f"{words}; {failure}"))
+            return
+        if connection.serving != old.serving:
             connection.close()
-        name = self.run.name
-        if _is_running(self.run, pid):
-            lost = ConnectionLost(text=f"the connection to {name} broke: {words}", word="not connected")
+            words = f"{self.run.name} is trained by process {connection.pid} now: retention-tui watch {self.run.name}"
+            lost = ConnectionLost(text=words, word="not connected")
+            self._give_up(_how_it_ended(self.run, self._attempt) or lost)
+            return
+        self._since = time.monotonic()
+        self._past, self._held = connection.past, []
+        with self._changed:
+            self._connection = connection
+            self._changed.notify_all()
+            if self._closing.is_set():
+                connection.close()
+
+    def _pause(self) -> None:
+        """Waits a little before another try, and longer where the last one did not help for long."""
+        if time.monotonic() - self._since > 2 * _LONGEST_PAUSE_SECONDS:
+            self._pause_seconds = _SHORTEST_PAUSE_SECONDS
+        self._closing.wait(self._pause_seconds)
+        self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
+
+    def _loss(self, words: str) -> ConnectionLost:
+        name, pid = self.run.name, self._connection.pid
+        if self.run.is_live() and _exists(pid):
+            return ConnectionLost(text=f"the connection to {name} broke: {words}", word="not connected")
+        text = f"{name} was interrupted: process {pid} is gone; retention-tui resume {name} goes on with it"
+        return ConnectionLost(text=text, word=INTERRUPTED)
+
+    def _give_up(self, event: RunEnded | ConnectionLost) -> None:
+        self._mailbox.put(event)
+        if isinstance(event, RunEnded):
+            self.ended = event
         else:
-            text = f"{name} was interrupted: process {pid} is gone; retention-tui resume {name} goes on with it"
-            lost = ConnectionLost(text=text, word=INTERRUPTED)
-        self._mailbox.put(lost)
-        self.lost = lost
+            self.lost = event
+
+    # The writer
 
     def _write(self) -> None:
         while (command := self._outbox.get()) is not None:
-            try:
-                self._connection.send(command)
-            except WireError as error:
-                self._mailbox.put(Alarm(level="warning", text=f"not sent: {error}"))
-                if isinstance(command, Generate):
-                    reason = f"failed: {error}"
-                    self._mailbox.put(AnswerEnded(answer=command.answer, reason=reason, tokens=0, seconds=0.0))
-            except OSError:
-                pass  # the reader says so
+            connection: Connection | None = self._connection
+            while connection is not None:
+                try:
+                    if isinstance(command, Generate):
+                        self._answers[command.answer] = True
+                    connection.send(command)
+                    break
+                except WireError as error:
+                    self._say_unsent(command, str(error))
+                    break
+                except OSError:
+                    if isinstance(command, Generate):  # it would be answered late; it can be asked again
+                        self._end_answer(command.answer, _CONNECTION_LOST)
+                        break
+                    connection = self._next_connection(connection)
+            else:
+                self._say_unsent(command, _CONNECTION_LOST)
+
+    def _next_connection(self, old: Connection) -> Connection | None:
+        """Waits for it; none where there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._connection is not old or self._closing.is_set())
+            return None if self._connection is old else self._connection
+
+    def _say_unsent(self, command: Command, reason: str) -> None:
+        if self.ended is None:
+            self._mailbox.put(Alarm(level="warning", text=f"not sent: {reason}"))
+        if isinstance(command, Generate):
+            self._end_answer(command.answer, f"failed: {reason}")
+
+    def _end_answer(self, answer: object, reason: str) -> None:
+        """Ends an answer of which nothing more will come, once."""
+        if isinstance(answer, str) and self._answers.pop(answer, False):
+            self._mailbox.put(AnswerEnded(answer=answer, reason=reason, tokens=0, seconds=0.0))
 
 
 def connect(run: RunDirectory, looks_only: bool = False) -> Connection:
@@ -136,6 +224,8 @@ def connect(run: RunDirectory, looks_only: bool = False) -> Connection:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         problem = "its process serves no socket"
+        if not run.is_live():
+            raise not_live(run)
         address = read_address(run)
         try:
             if address is not None:
@@ -146,8 +236,6 @@ def connect(run: RunDirectory, looks_only: bool = False) -> Connection:
             problem = error.strerror or str(error)
         except WireError as error:
             raise UserError(f"run {run.name} refuses to be watched: {error}") from None
-        if not run.is_live():
-            raise not_live(run)
         if time.monotonic() > deadline:  # one that has just begun, or is about to end, is given a moment
             raise (
                 not_live(run)
@@ -175,11 +263,24 @@ def _has_ended(run: RunDirectory) -> bool:
     return bool(attempts) and State(attempts[-1].state).final
 
 
-def _is_running(run: RunDirectory, pid: int) -> bool:
-    """Whether a process that served a run still trains it."""
-    address = read_address(run)
-    if not run.is_live() or address is None or address.pid != pid:
-        return False
+def _how_it_ended(run: RunDirectory, attempt: int | None) -> RunEnded | None:
+    """What the process that trained an attempt has said at its end, if it has; None where it had not opened the run."""
+    ended, within = None, False
+    try:
+        for stored in run.events():
+            if stored["event"] == RunOpened.kind and stored.get("attempt") == attempt:
+                ended, within = None, True
+            elif stored["event"] == StateChanged.kind and stored.get("state") == State.LOADING and attempt is None:
+                ended, within = None, True  # the newest process
+            elif stored["event"] == RunEnded.kind and within and ended is None:
+                event = read_event(stored)
+                ended = event if isinstance(event, RunEnded) else None
+    except (UserError, WireError):  # a damaged store, or one of another release
+        return None
+    return ended
+
+
+def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -29,7 +29,7 @@ class Turn(Vertical):
     def __init__(self, answer: str, prompt: str) -> None:
         super().__init__()
         self.answer, self.prompt, self.text = answer, prompt, ""
-        self.ended = False
+        self.ended = self.cancelled = False
         self._pieces = 0
         self._began: AnswerStarted | None = None
         self._about = ""
@@ -57,7 +57,8 @@ class Turn(Vertical):
                 self._about = self._describe(self._pieces, seconds, "Esc cancels")
             case AnswerEnded():
                 self.ended = True
-                self._about = self._describe(event.tokens, event.seconds, _REASONS.get(event.reason, event.reason))
+                tokens = event.tokens or self._pieces  # who says that the connection was lost has not counted
+                self._about = self._describe(tokens, event.seconds, _REASONS.get(event.reason, event.reason))
 
     def show(self) -> None:
         """Draws what has come since the last call: once for many tokens."""
@@ -138,8 +139,9 @@ class Chat(Vertical):
         self._send(Generate(answer=turn.answer, prompt=event.value))
 
     def action_leave(self) -> None:
-        """Cancels the answer that is coming in; otherwise gives the keys back to the screen."""
-        if turn := self.streaming:
+        """Cancels the answer that is coming in; otherwise, or the second time, gives the keys back to the screen."""
+        if (turn := self.streaming) and not turn.cancelled:
+            turn.cancelled = True
             self._send(CancelGeneration(answer=turn.answer))
         else:
             self.screen.set_focus(None)

@@ -11,10 +11,10 @@ from textual.widgets import Static
 
 from engine.events import State
 from engine.profile import Profile
+from engine.report import INTERRUPTED
 from engine.runs import DAMAGED
 from engine.store import RunSummary
 from retention_tui import wording
-from retention_tui.client import INTERRUPTED
 from retention_tui.history import Series
 from retention_tui.plan_view import Table
 from retention_tui.theme import FAINT

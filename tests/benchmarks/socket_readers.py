@@ -22,6 +22,8 @@ from statistics import median
 
 import psutil
 
+from engine.commands import Set
+from engine.events import Alarm
 from engine.store import RunDirectory
 from retention_tui.background import Background
 from retention_tui.remote import RemoteClient
@@ -40,10 +42,11 @@ while client.alive:
     time.sleep(1 / 8)  # as often as a screen looks
 """
 WARM_UP_STEPS = 10
+FILLING_LINES = 600
 
 
 class Readers:
-    """Three processes that watch; the last one is stopped."""
+    """Three processes that watch; the last one is stopped, and what the system keeps for it is full."""
 
     def __init__(self, run: RunDirectory) -> None:
         command = [sys.executable, "-c", READER, str(run.path)]
@@ -51,11 +54,22 @@ class Readers:
         for process in self._processes:
             assert process.stdout is not None and process.stdout.readline() == b"reads\n"
         self._processes[-1].send_signal(signal.SIGSTOP)
+        _fill(run)
 
     def leave(self) -> None:
         for process in self._processes:
             process.kill()
             process.wait()
+
+
+def _fill(run: RunDirectory) -> None:
+    """Has the run tell all who watch some 600 kB: more than a socket takes for one that does not read."""
+    client, heard = RemoteClient(run), 0
+    for number in range(FILLING_LINES):
+        client.send(Set("nothing.such" + "." * 900, f"{number}"))
+    while heard < FILLING_LINES:
+        heard += sum(isinstance(event, Alarm) for event in client.events(1.0))
+    client.close()
 
 
 def step(run: RunDirectory) -> int:
