@@ -26,7 +26,7 @@ from engine.events import (
 from engine.store import RunDirectory
 from engine.wire import WireError, read_event
 from retention_tui import wording
-from retention_tui.client import ConnectionLost
+from retention_tui.client import ConnectionLost, Reconnected
 from retention_tui.history import Series, Smoother
 from retention_tui.marks import MARKS_KEPT, Mark, MarkKind, gone_back
 
@@ -178,6 +178,10 @@ class Progress:
                 self.step, self.total_steps = event.step, event.total_steps
                 where = f"goes on at step {event.step:,}" if event.step else f"starts on {event.device}, {event.dtype}"
                 self._note(event.time, Weight.PLAIN, f"{event.run} {where}")
+            case Reconnected():
+                self.state = event.state
+                self._waiting = []  # as steps may have been missed, the history is loaded again
+                self._note(event.time, Weight.PLAIN, "the connection broke and was made again")
             case StateChanged():
                 self.state, self.reason = event.state, event.reason
                 if event.reason or event.state not in _USUAL:

@@ -16,7 +16,7 @@ from textual.worker import get_current_worker
 from engine.commands import Checkpoint, Command, Pause, Resume, Set, Stop, Validate
 from engine.errors import UserError
 from engine.events import Alarm, AnswerEnded, AnswerText, Event, Reading, RunEnded, RunOpened, State, StepCompleted
-from retention_tui.client import Client, ConnectionLost
+from retention_tui.client import Client, ConnectionLost, Reconnected
 from retention_tui.foresight import ask_for_plan
 from retention_tui.history import Series
 from retention_tui.marks import Mark, load_marks
@@ -139,7 +139,7 @@ class RunScreen(Screen[None]):
 
     def _take(self, event: Event) -> None:
         match event:
-            case RunOpened():
+            case RunOpened() | Reconnected():
                 self._load_past()
             case RunEnded() | ConnectionLost():
                 self.query_one(Chat).close()
@@ -325,7 +325,10 @@ class RunScreen(Screen[None]):
             self.set_focus(None)
         if event.pane.id == "plan" and not self._planned:
             self._planned = True
-            self._plan()
+            if self._client.looks_only:  # each of any number of visitors would start a process
+                self.query_one(PlanPage).say("no plan is made for who may only look")
+            else:
+                self._plan()
         self._draw_charts()
 
     def _ask(self, command: Command, said: str) -> None:
