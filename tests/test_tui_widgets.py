@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,9 +34,11 @@ from engine.events import (
     Validated,
 )
 from engine.lines import LineWriter
+from engine.runs import create_run
+from engine.store_writer import StoreWriter
 from retention_tui import wording
 from retention_tui.history import Series, Smoother
-from retention_tui.marks import Mark, MarkKind
+from retention_tui.marks import Mark, MarkKind, load_marks
 from retention_tui.progress import Progress, empty_history
 from retention_tui.widgets.chart import Chart, ChartSpec, Trace
 from retention_tui.widgets.chat import Chat
@@ -296,6 +300,32 @@ def test_what_a_run_left_behind_when_it_went_back_is_forgotten() -> None:
     history["val_loss"].add(40, 1.5)
     progress.adopt_history(history)
     assert (progress.best_val_loss, progress.best_step) == (1.5, 40)
+
+
+def test_the_past_of_a_run_is_marked_as_it_would_have_been_by_one_who_was_there(tmp_path: Path) -> None:
+    run = create_run(tmp_path, "demo", {"profile": {"kind": "retention-lm"}, "environment": {}})
+    store, watcher = StoreWriter(run), Progress()
+    events = [
+        opened(0),
+        CheckpointSaved(time=1.0, step=1, path="step-1", size_bytes=1, seconds=0.1),
+        CheckpointSaved(time=3.0, step=3, path="step-3", size_bytes=1, seconds=0.1),
+        Alarm(time=3.5, level="critical", text="it diverges"),
+        dataclasses.replace(opened(1), time=4.0),
+        CheckpointSaved(time=5.0, step=2, path="step-2", size_bytes=1, seconds=0.1),
+    ]
+    for event in events:
+        if isinstance(event, RunOpened):
+            store.begin_attempt(event.step, 100)
+        if isinstance(event, CheckpointSaved):
+            watcher.apply(step(event.step))
+            store.record(event.step, {"time": event.time})
+        store.record_event(event)
+        watcher.apply(event)
+    store.close()
+    past = load_marks(run, math.inf)
+    assert past == list(watcher.marks) == [
+        Mark(1, MarkKind.CHECKPOINT), Mark(1, MarkKind.CRITICAL), Mark(2, MarkKind.CHECKPOINT)
+    ]  # fmt: skip
 
 
 def test_a_line_of_the_log_tells_of_no_step_that_was_left_behind() -> None:
