@@ -47,14 +47,16 @@ class Attendant:
         state, paused_at = self._journal.state, time.monotonic()
         with self.aside():
             self._journal.enter(State.PAUSED, self._controls.held)
-            self._hang.rest()
-            while self._controls.waits():
-                self._controls.listen(0.0 if self._answers else 0.5)
-                self._answers.serve(0.0)
-                self._errands()
-            self._hang.beat()
-            if not self._controls.ending:
-                self._journal.enter(state)
+            try:
+                while self._controls.waits():
+                    self._hang.rest()
+                    self._controls.listen(0.0 if self._answers else 0.5)
+                    self._answers.serve(0.0)
+                    self._errands()
+            finally:
+                self._hang.beat()
+                if not self._controls.ending:
+                    self._journal.enter(state)
         self._paused_seconds += time.monotonic() - paused_at
 
     @contextlib.contextmanager

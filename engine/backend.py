@@ -89,7 +89,14 @@ def scalar(array: mx.array) -> float:
     return float(cast(float, array.item()))
 
 
-_OUT_OF_MEMORY = ("[metal::malloc]", "out of memory", "unable to allocate", "memoryallocation")
+_OUT_OF_MEMORY = (
+    "[metal::malloc]",
+    "insufficient memory",  # [METAL] Command buffer execution failed: Insufficient Memory (…ErrorOutOfMemory)
+    "outofmemory",
+    "out of memory",  # cudaMallocAsync(…) failed: out of memory
+    "unable to allocate",
+    "memoryallocation",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -105,9 +112,20 @@ def clear_cache() -> int:
     return max(0, kept - mx.get_cache_memory())
 
 
-def limit_memory(limit_bytes: int) -> None:
-    """What MLX may hold, its cache included. Beyond it it first empties the cache; it never waits or fails for it."""
-    mx.set_memory_limit(limit_bytes)
+_own_limit_bytes: list[int] = []
+
+
+def limit_memory(limit_bytes: int | None) -> None:
+    """What MLX may hold, its cache included; None for its own limit.
+
+    Beyond it it first empties the cache; it never waits or fails for it.
+    """
+    if limit_bytes is not None:
+        before = mx.set_memory_limit(limit_bytes)
+        if not _own_limit_bytes:
+            _own_limit_bytes.append(before)
+    elif _own_limit_bytes:
+        mx.set_memory_limit(_own_limit_bytes.pop())
 
 
 def forget_peak() -> None:

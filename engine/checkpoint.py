@@ -183,10 +183,13 @@ def latest_intact(run: RunDirectory, checkpoints: Sequence[Checkpoint], report: 
     )
 
 
-def choose_checkpoint(run: RunDirectory, which: str, report: Callable[[str], None] | None = None) -> Checkpoint:
+def choose_checkpoint(
+    run: RunDirectory, which: str, report: Callable[[str], None] | None = None, *, to_read: bool = False
+) -> Checkpoint:
     """`latest`, `best` (lowest held-out loss) or a step's number, verified. Raises `UserError` naming what there is.
 
-    With `report`, `latest` passes damaged ones over and reports them.
+    With `report`, `latest` passes damaged ones over and reports them. `to_read`, and not to go on from, the best may be
+    one that the run has gone back behind.
     """
     checkpoints = list_checkpoints(run)
     if not checkpoints:
@@ -197,7 +200,7 @@ def choose_checkpoint(run: RunDirectory, which: str, report: Callable[[str], Non
     if which == "latest":
         chosen: Checkpoint | None = checkpoints[-1]
     elif which == "best":
-        chosen = best_checkpoint(checkpoints) or checkpoints[-1]
+        chosen = best_checkpoint(_folders(run) if to_read else checkpoints) or checkpoints[-1]
     else:
         chosen = next((item for item in checkpoints if which.isdigit() and item.step == int(which)), None)
     if chosen is None:
@@ -218,7 +221,9 @@ def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def prune_checkpoints(run: RunDirectory, keep: int) -> None:
-    """Of the current line the `keep` newest checkpoints and the best stay. All others are deleted.
+    """The best of the current line stays, the best of all where the run has gone back behind it, and the `keep` newest.
+
+    All others are deleted.
 
     So are those that no command can reach, as a later attempt left them behind, and what a killed writer left. Of the
     line, one whose state cannot be read is neither counted nor deleted: it may be the best.
@@ -226,7 +231,8 @@ def prune_checkpoints(run: RunDirectory, keep: int) -> None:
     """
     line = list_checkpoints(run)
     readable = [checkpoint for checkpoint in line if _is_readable(checkpoint)]
-    stay = {*readable[-keep:], best_checkpoint(readable), *set(line).difference(readable)}
+    best = (best_checkpoint(readable), best_checkpoint(_folders(run)))
+    stay = {*readable[-keep:], *best, *set(line).difference(readable)}
     for checkpoint in _folders(run):
         if checkpoint not in stay:
             with contextlib.suppress(OSError):

@@ -16,7 +16,9 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Go on after `Pause`."""
+    """Go on after `Pause`; with `overrule` also where a guard holds the run."""
+
+    overrule: bool = True
 
 
 @dataclass(frozen=True, slots=True)

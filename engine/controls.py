@@ -75,7 +75,8 @@ class Controls:
             case Pause():
                 self._paused = True
             case Resume():
-                self._paused, self.held = False, ""
+                self._paused = False
+                self.held = "" if command.overrule else self.held
             case Checkpoint():
                 self._checkpoint = True
             case Validate():

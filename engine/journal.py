@@ -50,6 +50,9 @@ class Journal:
         return self._store_problem is None
 
     def begin_attempt(self, from_step: int, total_steps: int, newest_known: int) -> int:
+        """Opens an attempt; one that is under way ends with it, as the run goes back to `from_step`."""
+        if self._store is not None and self._store.attempt:
+            self._store.set_state(State.STOPPED, f"went back to step {from_step}")
         attempt = self._store.begin_attempt(from_step, total_steps, newest_known) if self._store else 1
         self.flush()
         return attempt
@@ -65,16 +68,14 @@ class Journal:
             self.flush()
 
     def store(self, event: Event) -> None:
-        """Stores what was said and logged elsewhere."""
-        if self._store is not None:
+        """Stores a reading of the machine, or what was said and logged elsewhere."""
+        if self._store is None:
+            return
+        if isinstance(event, Reading):
+            self._store.record_reading(event)
+        else:
             self._store.record_event(event)
-            self.flush()
-
-    def record_reading(self, reading: Reading) -> None:
-        """Stores what was read of the machine."""
-        if self._store is not None:
-            self._store.record_reading(reading)
-            self.flush()
+        self.flush()
 
     def enter(self, state: State, reason: str = "") -> None:
         """Says and stores that the run is now in `state`."""

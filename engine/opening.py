@@ -35,10 +35,24 @@ def find_checkpoint(run: RunDirectory, which: str, tell: Say, warn: Say) -> Chec
 
 
 def find_good_checkpoint(run: RunDirectory, before_step: int, warn: Say) -> Checkpoint | None:
-    """The newest intact checkpoint well before `before_step`, else the oldest one; None where there is none."""
+    """The newest intact checkpoint well before `before_step`, else the oldest; None where there is none at all.
+
+    Raises `UserError` where none is intact.
+    """
     checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        return None
     good = [checkpoint for checkpoint in checkpoints if checkpoint.step <= before_step - _LOOK_BACK_STEPS]
-    return latest_intact(run, good or checkpoints[:1], warn) if checkpoints else None
+    try:
+        return latest_intact(run, good or checkpoints[:1], warn)
+    except UserError:
+        return latest_intact(run, checkpoints, warn)
+
+
+def find_last_checkpoint(run: RunDirectory, warn: Say) -> Checkpoint | None:
+    """The newest intact checkpoint; None where there is none at all. Raises `UserError` where none is intact."""
+    checkpoints = list_checkpoints(run)
+    return latest_intact(run, checkpoints, warn) if checkpoints else None
 
 
 def check_identity(run: RunDirectory, data_digest: str, warn: Say) -> None:

@@ -27,8 +27,8 @@ class Oversight:
         self.limit(settings)
 
     def limit(self, settings: Settings) -> None:
-        """Takes the time limits anew; hours count from the beginning of this attempt."""
-        self._limits = TimeLimits(settings.stop_at, settings.max_hours, self._began)
+        """Takes the time limits anew: that clock's next time from now, hours from the beginning of this attempt."""
+        self._limits = TimeLimits(settings.stop_at, settings.max_hours, self._began, time.time())
 
     def actions(self, held: bool) -> Iterator[Action]:
         """What is to be done now; `held` says whether a guard still holds the run, which its owner may have overruled.
@@ -38,11 +38,9 @@ class Oversight:
         if self._memory.holding and not held:
             self._memory.overrule()
         for event in self._news():
+            self._journal.store(event)
             if isinstance(event, Reading):
-                self._journal.record_reading(event)
                 yield from self._judge(event)
-            else:
-                self._journal.store(event)
         if end := self._limits.judge(time.time()):
             yield end
 

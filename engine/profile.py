@@ -199,7 +199,7 @@ class DivergenceGuard(Section):
     ] = 6
     grad_norm_factor: Annotated[
         float, quantity("a grad norm so many times the median of the window is a spike; 0: never", ge=0)
-    ] = 100
+    ] = 1000
     window_steps: Annotated[int, quantity("the last steps that a spike is measured by", unit="steps", ge=16)] = 128
     skips: Annotated[
         int, quantity("bad steps in a row that are skipped; the next one goes back, or stops", unit="steps", ge=0)

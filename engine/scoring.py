@@ -36,6 +36,9 @@ class Scorer:
                     self._attendant.hold()
                 if self._controls.ending:
                     return None
+        except Exception:
+            self._journal.enter(state)
+            raise
         finally:
             self.busy = False
         self._journal.enter(state)

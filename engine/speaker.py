@@ -16,6 +16,6 @@ def continue_text(
 ) -> Iterator[str]:
     """Pieces of text that follow `ask.prompt`, from a run's checkpoint; damaged ones that `latest` passes over are
     reported. Raises `UserError` where there is none."""
-    folder = choose_checkpoint(find_run(runs_folder, run), checkpoint, report).path
+    folder = choose_checkpoint(find_run(runs_folder, run), checkpoint, report, to_read=True).path
     model, tokenizer = load_speaker(folder)
     return (piece for piece in speak(model, tokenizer, ask) if piece)

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from engine.amendments import Amendments
+from engine.amendments import LIMITS, Amendments, NotStoredError
 from engine.answers import Answers
 from engine.attending import Attendant
 from engine.backend import (
@@ -37,7 +37,13 @@ from engine.guards import Action, ClearCache, End, Hold, LetGo, Shrink, Tell, Wa
 from engine.guards.divergence import DivergenceGuard, Judgement, Verdict
 from engine.guards.early_stopping import EarlyStopping
 from engine.journal import Journal
-from engine.opening import check_identity, compare_ranks, find_checkpoint, find_good_checkpoint
+from engine.opening import (
+    check_identity,
+    compare_ranks,
+    find_checkpoint,
+    find_good_checkpoint,
+    find_last_checkpoint,
+)
 from engine.optimizer import learning_rate
 from engine.outcome import Outcome
 from engine.oversight import Oversight
@@ -91,8 +97,8 @@ class Trainer:
             raise UserError(f"train.batch_size = {profile.train.batch_size} cannot be shared by {ranks.size} ranks")
         self._run, self._profile, self._ranks, self._journal, self._vigil = run, profile, ranks, journal, vigil
         forget_peak()
-        if profile.guard.memory.limit_gb:
-            limit_memory(int(profile.guard.memory.limit_gb * 1e9))
+        limit = profile.guard.memory.limit_gb
+        limit_memory(int(limit * 1e9) if limit else None)
         checkpoint = None
         if resume_from and ranks.chief:
             checkpoint = find_checkpoint(run, resume_from, self._tell, self._warn)
@@ -108,17 +114,17 @@ class Trainer:
         self._saver = Saver(run, journal, self._task, self._update)
         self._divergence = DivergenceGuard(profile.guard.divergence)
         self._early_stopping = EarlyStopping(profile.guard.early_stopping)
-        self._oversight = Oversight(profile.guard, journal, vigil.kept)
         self._amendments = Amendments.of(profile, run if ranks.chief else None)
+        self._oversight = Oversight(self._amendments.guard(), journal, vigil.kept)
         self.progress = Progress()
         self._val_loss: tuple[int, float] | None = None
         self._reported_at = time.monotonic()
         self._pace: deque[float] = deque(maxlen=_PACE_WINDOW_STEPS)
         if ranks.chief:
             check_identity(run, self._task.data_digest, self._warn)
-        if checkpoint is not None and resume_from != "latest":
-            self._try_to_amend(lambda: self._amendments.forget_after(checkpoint.step))
         self._go_on_from(checkpoint)
+        if checkpoint is not None and resume_from != "latest":
+            self._try_to_amend(partial(self._amendments.forget_after, checkpoint.step))
         if checkpoint is None and self._task.borrowed_weights:
             self._checkpoint()  # what they came from may change or vanish; the run needs it no more
 
@@ -162,7 +168,7 @@ class Trainer:
             return None
         gradient = self._update.collect()
         judgement = self._judge(gradient)
-        rate = self._learning_rate(step)
+        rate = self._ranks.decide_number(self._rate(step))
         if judgement.verdict is Verdict.APPLY:
             self._update.apply(gradient, rate)
         self.progress.step = step
@@ -205,7 +211,7 @@ class Trainer:
         """Validates and checkpoints the last completed step where it is time, and where that was cut short before."""
         step, settings = self.progress.step, self._settings
         if step >= self._total_steps or _is_due(step, settings.validation.every):
-            self._validate()
+            self._validate(on_schedule=True)
         minutes = settings.checkpoint.every_minutes
         if _is_due(step, settings.checkpoint.every) or (minutes and self._saver.minutes >= minutes):
             self._checkpoint()
@@ -221,14 +227,27 @@ class Trainer:
         share = self._profile.train.batch_size // self._ranks.size
         return min(self._settings.train.micro_batch_size or share, share)
 
-    def _learning_rate(self, step: int) -> float:
+    def _rate(self, step: int) -> float:
         rate = learning_rate(self._amendments.at(step).train, step, self._total_steps)
-        return self._ranks.decide_number(rate * self._amendments.learning_rate_scale(step))
+        return rate * self._amendments.learning_rate_scale(step)
 
     def _amend(self, setting: Set) -> None:
-        self._amendments.set(self.progress.step, setting.key, setting.value)
-        self._oversight.limit(self._settings.guard)
-        self._tell(f"{setting.key} = {setting.value} from step {self.progress.step + 1:,} on")
+        """Changes a setting, as its owner asked; a mistake of theirs is no alarm of the run."""
+        step = self.progress.step + 1
+        try:
+            self._amendments.set(self.progress.step, setting.key, setting.value)
+        except NotStoredError as error:
+            self._warn(str(error))
+        except UserError as error:
+            self._tell(f"not changed: {error}")
+            return
+        if setting.key in LIMITS:
+            self._oversight.limit(self._amendments.guard())
+        said = f"{setting.key} = {setting.value} from step {step:,} on"
+        if setting.key.endswith("learning_rate"):
+            schedule = self._settings.train.schedule
+            said += f": its {schedule} schedule has the next step take {self._rate(step):.3e}"
+        self._tell(said)
 
     def _try_to_amend(self, change: Callable[[], None]) -> None:
         try:
@@ -249,9 +268,10 @@ class Trainer:
                 self._tell(f"step {step} has been saved already")
             self._checkpoint()
         for setting in self._controls.settings_asked():
-            self._try_to_amend(partial(self._amend, setting))
-        for action in self._oversight.actions(held=bool(self._controls.held)):
-            self._carry_out(action)
+            self._amend(setting)
+        if self._ranks.chief:
+            for action in self._oversight.actions(held=bool(self._controls.held)):
+                self._carry_out(action)
 
     def _carry_out(self, action: Action) -> None:
         """Does what a guard asks for, and says so."""
@@ -263,11 +283,14 @@ class Trainer:
             case ClearCache():
                 self._warn(f"{action.reason}: cache cleared ({clear_cache() / 1e9:.2f} GB)", guard="memory")
             case Shrink():
-                self._shrink(action.reason)
+                if not self._shrink(action.reason):
+                    clear_cache()
             case Hold():
                 self._warn(f"{action.reason}: pausing until it is green", "critical", "memory")
                 self._controls.held = action.reason
                 self._checkpoint()
+                if self._profile.guard.memory.shrink:
+                    self._shrink("so that it needs less when it goes on")
                 clear_cache()
             case LetGo():
                 self._tell(f"{action.reason}: going on")
@@ -301,11 +324,12 @@ class Trainer:
         to_step = self._ranks.decide(checkpoint.step if checkpoint else 0)
         if to_step >= last_good:  # the same weights would meet the same trouble
             return self._diverged(step, reason)
-        self._try_to_amend(lambda: self._amendments.go_back(to_step, reason))
-        scale = self._amendments.learning_rate_scale(to_step + 1)
-        text = f"step {step}: {reason}: going back to step {to_step}, with {scale:g} of the learning rate"
+        rate = f"{self._profile.guard.divergence.rollback_learning_rate:g} times the learning rate"
+        text = f"step {step}: {reason}: going back to step {to_step}, with {rate}"
         self._warn(text, "critical", "divergence")
-        self._go_on_from(checkpoint)
+        self._go_on_from(checkpoint)  # first: a mark without its attempt would slow a run that never went back
+        self._try_to_amend(partial(self._amendments.go_back, to_step, last_good + 1))
+        self._journal.enter(State.TRAINING)
         return None
 
     def _diverged(self, step: int, reason: str) -> Outcome:
@@ -321,21 +345,21 @@ class Trainer:
         self._answers.end_all("out of memory")
         clear_cache()
         words = " ".join(str(error).split())
-        if self._profile.guard.memory.shrink and self._shrink(f"out of memory ({words})"):
+        may_shrink = self._profile.guard.memory.shrink
+        if may_shrink and self._shrink(f"out of memory ({words})"):
             if not self._update.intact:
                 self._restore_last()
             return None
-        return Outcome(
-            State.STOPPED,
-            f"out of memory with the smallest micro-batch ({words}); {_less_memory(self._settings)}",
-            ExitCode.MEMORY,
-        )
+        why = "with the smallest micro-batch" if may_shrink else "and guard.memory.shrink is false"
+        reason = f"out of memory {why} ({words}); {_less_memory(self._settings)}"
+        return Outcome(State.STOPPED, reason, ExitCode.MEMORY)
 
     def _restore_last(self) -> None:
         """The weights were spoiled half-way through an update: back to the last checkpoint."""
-        checkpoint = find_checkpoint(self._run, "latest", self._tell, self._warn)
+        checkpoint = find_last_checkpoint(self._run, self._warn)
         self._warn(f"the update failed half-way: going back to step {checkpoint.step if checkpoint else 0}")
         self._go_on_from(checkpoint)
+        self._journal.enter(State.TRAINING)
 
     # What a step leaves behind
 
@@ -346,7 +370,8 @@ class Trainer:
         self._reported_at = now
         self._vigil.hang.beat(seconds)
         progress.elapsed_seconds += seconds
-        progress.loss_sum, progress.loss_steps = progress.loss_sum + gradient.loss, progress.loss_steps + 1
+        if math.isfinite(gradient.loss):
+            progress.loss_sum, progress.loss_steps = progress.loss_sum + gradient.loss, progress.loss_steps + 1
         metrics = {
             "loss": gradient.loss,
             "grad_norm": gradient.norm,
@@ -371,7 +396,7 @@ class Trainer:
             )
         )
 
-    def _validate(self) -> None:
+    def _validate(self, on_schedule: bool = False) -> None:
         """Measures the held-out loss of the last completed step, once; a stop cuts it short."""
         step, progress = self.progress.step, self.progress
         if self._val_loss and self._val_loss[0] == step:
@@ -381,13 +406,15 @@ class Trainer:
             if metrics is None:
                 return
             loss = metrics["val_loss"]
-            best = math.isfinite(loss) and loss < (progress.best_val_loss or math.inf)
+            best = math.isfinite(loss) and (progress.best_val_loss is None or loss < progress.best_val_loss)
             self._val_loss = (step, loss)
             self._journal.record(step, metrics)
             self._journal.say(Validated(step=step, metrics=metrics, best=best))
-            train_loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan
-            progress.loss_sum, progress.loss_steps = 0.0, 0
-            actions = self._early_stopping.judge(step, loss, train_loss)
+            actions: list[Action] = []
+            if on_schedule:  # whoever only looks does not hasten the end
+                train_loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan
+                progress.loss_sum, progress.loss_steps = 0.0, 0
+                actions = self._early_stopping.judge(step, loss, train_loss)
             if best:
                 progress.best_val_loss = loss
             if best or self._saver.has(step):
@@ -413,7 +440,10 @@ class Trainer:
             "val_loss": val_loss if val_loss is None or math.isfinite(val_loss) else None,
         }
         with self._attendant.aside():
-            return self._saver.save(step, self._settings.checkpoint.keep, state)
+            self._vigil.hang.beat()
+            done = self._saver.save(step, self._settings.checkpoint.keep, state)
+            self._vigil.hang.beat()
+            return done
 
     # Opening and closing
 

@@ -114,6 +114,7 @@ class Update:
 
     def restore(self, parameters: Any, optimizer_state: Mapping[str, mx.array] | None) -> None:
         """Takes weights and the optimizer's state, a fresh one where there is none; forgets what was accumulated."""
+        self.intact = False
         self.parameters = parameters
         if optimizer_state is None:
             self.optimizer = AdamW(self._train)
@@ -126,9 +127,11 @@ class Update:
 
     def agree(self) -> None:
         """Gives every rank the chief's weights and optimizer state."""
+        self.intact = False
         self.parameters = self._ranks.from_chief(self.parameters)
         self.optimizer.state = self._ranks.from_chief(self.optimizer.state)
         mx.eval(self.parameters, self.optimizer.state)
+        self.intact = True
 
     def _sum_of_losses(self, parameters: Any, *arrays: mx.array) -> mx.array:
         self._task.model.update(tree_map(lambda array: array.astype(self._dtype), parameters))

@@ -39,6 +39,7 @@ class Vigil:
         self._watch = Watch(self._take, machine, every_seconds)
         self._host = profile.host
         self._awake = Awake(profile.host.display_sleep) if profile.host.keep_awake else None
+        self._blocks_sleep = False
         self._waking = threading.Thread(target=self._keep_awake, name="awake", daemon=True)
         self._kept: SimpleQueue[Event] = SimpleQueue()
 
@@ -68,10 +69,16 @@ class Vigil:
     def _keep_awake(self) -> None:
         assert self._awake is not None
         self._say(Notice(text=self._awake.start()))  # programs are asked, which may take seconds
+        self._blocks_sleep = self._awake.held
 
     def _take(self, reading: Reading) -> None:
         self._publish(reading)
         self._kept.put(reading)
+        if self._awake is not None and self._blocks_sleep and not self._awake.held:
+            self._blocks_sleep = False
+            self._say(
+                Alarm(level="warning", text="what kept the system awake has ended: it may sleep", guard="machine")
+            )
         match self.hang.judge():
             case Warn(guard=guard, text=text):
                 self._say(Alarm(level="critical", text=text, guard=guard))

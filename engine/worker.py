@@ -170,6 +170,8 @@ class Engine:
         try:
             self._vigil.stop()
             if journal is not None:
+                for event in self._vigil.kept():
+                    journal.store(event)
                 journal.end(ended)
         except Exception:  # what the run came to is told all the same
             self._log_traceback()

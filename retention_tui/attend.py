@@ -66,7 +66,7 @@ def show(session: Session, watched: RemoteClient | None = None) -> int:
             print(in_background(session.background))
         return finish(session) or (ExitCode.DEFECT if failed else ExitCode.OK)
     if (choice == "detach" or failed) and not session.interrupted:
-        session.client.send(Resume())  # a paused run would wait for ever: nobody is left to go on with it
+        session.client.send(Resume(overrule=False))  # a paused run would wait for ever: nobody is left to go on with it
     if terminal.lost:  # nobody reads here; the run's log has it all
         return finish(session)
     run = session.client.run

@@ -127,7 +127,7 @@ def _answer(command: Command, event: Event) -> tuple[str, bool] | None:
             return event.text, False
         case Set(), Notice() if event.text.startswith(f"{command.key} = "):
             return event.text, True
-        case Set(), Alarm(guard="") if command.key.rpartition(".")[2] in event.text:
+        case Set(), Notice() if event.text.startswith("not changed: "):
             return event.text, False
     return None
 

@@ -80,8 +80,9 @@ def test_the_newest_and_the_best_of_the_line_stay_and_nothing_else(run: RunDirec
     save(run, 10, attempt=2)
     (run.checkpoints_path / ".writing-step-0000012").mkdir()
     prune_checkpoints(run, keep=2)
-    assert folders(run) == ["step-0000004", "step-0000008", "step-0000010.a2"]
+    assert folders(run) == ["step-0000004", "step-0000008", "step-0000010", "step-0000010.a2"], "the best of all, too"
     assert choose_checkpoint(run, "best").step == 4
+    assert choose_checkpoint(run, "best", to_read=True).path.name == "step-0000010"
 
 
 def test_nothing_is_deleted_while_the_store_cannot_be_read(run: RunDirectory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from ride import Ride, Start, losses, same, weights
 
-from engine.backend import mx
+from engine.backend import is_out_of_memory, mx
 from engine.checkpoint import list_checkpoints
 from engine.commands import Resume, Set, Stop
 from engine.errors import ExitCode
@@ -88,7 +89,8 @@ def test_memory_that_runs_out_anywhere_in_a_step(start: Start, alone: Ride, monk
         assert equal(ride.run, alone.run), point
         (alarm, *_) = ride.of(Alarm)
         assert alarm.text == f"out of memory ({NO_MEMORY}): micro-batch 4 → 2, still 8 sequences a step", point
-        assert not {"was not applied", "internal"} & set(alarm.text.split())
+        last_state = [event.state for event in ride.of(StateChanged)][-1]
+        assert last_state is State.TRAINING, point
 
 
 def test_the_smallest_micro_batch_that_does_not_fit_ends_the_run(
@@ -119,8 +121,6 @@ def test_a_shortage_that_may_not_shrink_ends_the_run(start: Start, monkeypatch: 
 
 def test_an_update_that_fails_half_way_goes_back(start: Start, alone: Ride, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights may be spoiled then: those of the last checkpoint are taken, and the steps since are done again."""
-    import sys
-
     evaluate, fired = mx.eval, threading.Event()
     ride = start(**SHORT | {"train.steps": 40, "checkpoint.every": 10, "validate.every": 0})
 
@@ -178,11 +178,11 @@ def test_pressure_leaves_the_course_as_it_was(start: Start) -> None:
     assert isinstance(paused, StateChanged) and "memory pressure was red" in paused.reason
     assert ride.end().exit_code == ExitCode.OK
     texts = [event.text for event in ride.events if isinstance(event, Alarm | Notice)]
-    kinds = ("cache cleared", "micro-batch 4 → 2", "pausing until it is green", "going on", "cache cleared")
+    kinds = ("cache cleared", "batch 4 → 2", "pausing until it is green", "batch 2 → 1", "going on", "cache cleared")
     assert [next(kind for kind in kinds if kind in text) for text in texts] == list(kinds)
     assert {alarm.guard for alarm in ride.of(Alarm)} == {"memory"}
     steps = ride.of(StepCompleted)
-    assert {step.metrics["micro_batch_size"] for step in steps} == {4, 2}
+    assert {step.metrics["micro_batch_size"] for step in steps} >= {4, 1}
     held_at = next(event.step for event in ride.of(CheckpointSaved))
     assert held_at < 60, "a checkpoint before the pause"
 
@@ -211,9 +211,22 @@ def test_the_owner_overrules_a_guard_that_holds(start: Start) -> None:
     machine.begins.set()
     ride.until(lambda event: isinstance(event, StateChanged) and event.state is State.PAUSED)
     ride.send(Resume())
-    ride.until(lambda event: isinstance(event, StateChanged) and event.state is State.TRAINING)
+    held_at = ride.of(StepCompleted)[-1].step if ride.of(StepCompleted) else 0
+    ride.until_step(held_at + 20)
     ride.send(Stop())
     assert ride.end().state is State.STOPPED
+    assert len([event for event in ride.of(StateChanged) if event.state is State.PAUSED]) == 1, "not again for this red"
+
+
+def test_who_only_leaves_does_not_overrule_a_guard(start: Start) -> None:
+    machine = Script(R, R, R, R, R, R, R, R, R, R, G)
+    ride = start(machine=machine, **LONGER, **AT_ONCE)
+    machine.begins.set()
+    ride.until(lambda event: isinstance(event, StateChanged) and event.state is State.PAUSED)
+    ride.send(Resume(overrule=False))
+    ride.until(lambda event: isinstance(event, Notice) and "going on" in event.text)
+    ride.send(Stop())
+    ride.end()
 
 
 WILD = {
@@ -249,7 +262,8 @@ def test_a_run_that_diverges_goes_back_and_learns_more_slowly(start: Start) -> N
     rates = dict(zip(*(array.tolist() for array in ride.run.curve("learning_rate")), strict=True))
     assert rates[150] == pytest.approx(9.0 * 1e-3 ** len(back_at))
     assert rates[min(back_at)] == pytest.approx(3e-3)
-    assert max(losses(ride.run)[:set_at]) == max(losses(ride.run)[:set_at])
+    assert set_at >= 60
+    assert [attempt.state for attempt in ride.run.attempts()] == ["stopped"] * len(later) + ["finished"]
     assert losses(ride.run)[-1] < losses(ride.run)[0]
 
 
@@ -295,7 +309,8 @@ def test_a_setting_that_was_changed_is_changed_again_on_resume(start: Start) -> 
     ride.until_step(80)
     ride.send(Stop(checkpoint=False))
     ride.end()
-    refused = [alarm.text for alarm in ride.of(Alarm)]
+    assert not ride.of(Alarm)
+    refused = [event.text for event in ride.of(Notice) if event.text.startswith("not changed: ")]
     assert "train.batch_size cannot be changed" in refused[0] and "should be a number" in refused[1]
     before = dict(zip(*(array.tolist() for array in ride.run.curve("loss")), strict=True))
     rates = dict(zip(*(array.tolist() for array in ride.run.curve("learning_rate")), strict=True))
@@ -310,6 +325,76 @@ def test_a_setting_that_was_changed_is_changed_again_on_resume(start: Start) -> 
     earlier = start(resume=ride.run, which="50", **WILD | {"train.steps": 80})
     assert earlier.end().exit_code == ExitCode.OK
     assert ride.run.curve("learning_rate")[1][-1] == 3e-3, "who goes back by hand takes another course"
+
+
+def test_memory_that_runs_out_while_it_goes_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are those of neither place then: the run takes a checkpoint again, and nothing false is saved."""
+    ride = run_wild(start, 9.0, rollback_learning_rate=1e-3, rollbacks=3)
+    evaluate, fired = mx.eval, threading.Event()
+
+    def fail(*arrays: object) -> None:
+        if sys._getframe(1).f_code.co_name == "restore" and not fired.is_set():
+            fired.set()
+            raise RuntimeError(NO_MEMORY)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "eval", fail)
+    ended = ride.end()
+    monkeypatch.undo()
+    assert fired.is_set() and ended.exit_code == ExitCode.OK, ended
+    for checkpoint in list_checkpoints(ride.run):
+        steps = int(checkpoint.optimizer_state()["step"].item())  # skipped ones are not counted
+        assert checkpoint.step - 12 <= steps <= checkpoint.step, checkpoint
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBuffer…ErrorOutOfMemory)",
+        "[metal::malloc] Unable to allocate 123 bytes.",
+        "cudaMallocAsync(&data, size, stream) failed: out of memory",
+        "std::bad_alloc: out of memory",
+    ],
+)
+def test_all_backends_words_for_it_are_known(words: str) -> None:
+    assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(RuntimeError("cublasLt failed with code: 15"))
+
+
+def test_limits_are_of_the_clock_and_not_of_a_step(start: Start) -> None:
+    """One that was set while it trained holds after a resume, is lifted by `none`, and is never met at once."""
+    ride = start(**WILD | {"train.steps": 100_000, "checkpoint.every": 50})
+    ride.until_step(60)
+    ride.send(Set("guard.max_hours", str(2 / 3600)))
+    ride.send(Set("guard.stop_at", time.strftime("%H:%M", time.localtime(time.time() - 3600))))
+    ride.until(lambda event: isinstance(event, Notice) and "stop_at" in event.text)
+    ride.send(Stop())
+    ride.end()
+    again = start(resume=ride.run, **WILD | {"train.steps": 100_000})
+    ended = again.end()
+    assert "guard.max_hours" in ended.reason, ended
+    lifted = start(resume=ride.run, **WILD | {"train.steps": 100_000})
+    lifted.send(Set("guard.max_hours", "none"))
+    lifted.send(Set("guard.max_hours", "soon"))
+    lifted.until(lambda event: isinstance(event, Notice) and "should be a number" in event.text)
+    time.sleep(2.5)
+    assert lifted.engine.ended is None
+    lifted.send(Stop())
+    lifted.end()
+
+
+def test_what_was_changed_on_another_course_cannot_break_this_one(start: Start) -> None:
+    ride = start(**WILD | {"checkpoint.every": 50, "train.schedule": "cosine"})
+    ride.until_step(60)
+    ride.send(Set("train.final_learning_rate", "5e-4"))
+    ride.until(lambda event: isinstance(event, Notice) and "final_learning_rate" in event.text)
+    ride.send(Stop(checkpoint=False))
+    ride.end()
+    again = start(resume=ride.run, **WILD | {"train.schedule": "cosine"})
+    again.until(lambda event: isinstance(event, RunOpened))
+    again.send(Set("train.learning_rate", "1e-4"))
+    again.end()
+    assert again.engine.ended is not None and again.engine.ended.exit_code == ExitCode.OK
 
 
 def test_a_silent_run_is_told_of_while_it_hangs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

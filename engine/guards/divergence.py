@@ -6,8 +6,9 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
-from statistics import fmean, median, pstdev
 from typing import Any
+
+import numpy as np
 
 from engine.profile import DivergenceGuard as Settings
 
@@ -33,10 +34,10 @@ class Judgement:
 
 
 class DivergenceGuard:
-    """Judges each step before it is applied.
+    """Judges each step before it is applied, by the good steps before it.
 
-    A bad step is skipped; after `skips` in a row the run goes back to a good checkpoint, `rollbacks` times in all; then
-    it stops. A spike counts among the window's values, so that data which merely become harder are soon usual.
+    A bad step is skipped, and never counts as usual; after `skips` in a row the run goes back to a good checkpoint,
+    `rollbacks` times in all; then it stops. Batches are shuffled, so that steps in a row are not bad for their text.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -48,17 +49,16 @@ class DivergenceGuard:
 
     def judge(self, loss: float, grad_norm: float, rollbacks: int) -> Judgement:
         """`loss` in nats a token, `grad_norm` before clipping; `rollbacks` is how often the run has gone back."""
-        reason = self._problem(loss, grad_norm)
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._losses.append(loss)
-            self._norms.append(grad_norm)
-        if not reason:
-            self.in_a_row = 0
-            return Judgement(Verdict.APPLY)
-        self.in_a_row += 1
-        if self.in_a_row <= self._settings.skips:
-            return Judgement(Verdict.SKIP, reason)
-        return Judgement(Verdict.GO_BACK if rollbacks < self._settings.rollbacks else Verdict.STOP, reason)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if reason := self._spike(loss, grad_norm) if finite else f"loss {loss}, grad norm {grad_norm}":
+            self.in_a_row += 1
+            if self.in_a_row <= self._settings.skips:
+                return Judgement(Verdict.SKIP, reason)
+            return Judgement(Verdict.GO_BACK if rollbacks < self._settings.rollbacks else Verdict.STOP, reason)
+        self._losses.append(loss)
+        self._norms.append(grad_norm)
+        self.in_a_row = 0
+        return Judgement(Verdict.APPLY)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -71,16 +71,15 @@ class DivergenceGuard:
             window.clear()
             window.extend(state.get(name, ()))
 
-    def _problem(self, loss: float, grad_norm: float) -> str:
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            return f"loss {loss}, grad norm {grad_norm}"
+    def _spike(self, loss: float, grad_norm: float) -> str:
         if len(self._losses) < self._settings.window_steps // 4:
             return ""
         if sigma := self._settings.loss_sigma:
-            mean = fmean(self._losses)
-            spread = max(pstdev(self._losses), _LEAST_SPREAD * abs(mean))
-            if loss > mean + sigma * spread:
+            mean = float(np.mean(self._losses))
+            spread = max(float(np.std(self._losses)), _LEAST_SPREAD * abs(mean))
+            if loss > mean + sigma * spread and spread > 0:
                 return f"loss {loss:.3f} is {(loss - mean) / spread:.1f} standard deviations over the last steps' mean"
-        if (factor := self._settings.grad_norm_factor) and grad_norm > factor * median(self._norms):
-            return f"grad norm {grad_norm:.3g} is {grad_norm / median(self._norms):.0f} times that of the last steps"
+        usual = float(np.median(self._norms))
+        if (factor := self._settings.grad_norm_factor) and usual > 0 and grad_norm > factor * usual:
+            return f"grad norm {grad_norm:.3g} is {grad_norm / usual:.0f} times that of the last steps"
         return ""

@@ -11,12 +11,15 @@ from engine.outcome import Outcome
 
 
 class TimeLimits:
-    """`began` and all other moments are in seconds since the epoch; `stop_at` is local time, its next occurrence."""
+    """`stop_at` is local time, its next occurrence from `now`; `max_hours` count from `began`.
 
-    def __init__(self, stop_at: str | None, max_hours: float | None, began: float) -> None:
+    All moments are in seconds since the epoch.
+    """
+
+    def __init__(self, stop_at: str | None, max_hours: float | None, began: float, now: float) -> None:
         self._ends: list[tuple[float, str]] = []
         if stop_at is not None:
-            self._ends.append((next_occurrence(stop_at, began), f"it is {stop_at} (guard.stop_at)"))
+            self._ends.append((next_occurrence(stop_at, now), f"it is {stop_at} (guard.stop_at)"))
         if max_hours is not None:
             self._ends.append((began + 3600 * max_hours, f"{max_hours:g} h have passed (guard.max_hours)"))
 

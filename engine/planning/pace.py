@@ -72,7 +72,7 @@ class _Sample:
 def foresee(profile: Profile, runs_folder: Path | None, except_run: str | None = None) -> Timing:
     """When a run that starts now would end. Reads the newest runs of `runs_folder`."""
     now, guard = time.time(), profile.guard
-    limits = TimeLimits(guard.stop_at, guard.max_hours, now)
+    limits = TimeLimits(guard.stop_at, guard.max_hours, now, now)
     words = f"by {guard.stop_at}" if guard.stop_at else f"in {guard.max_hours:g} h" if guard.max_hours else ""
     if guard.stop_at and guard.max_hours and limits.moment == now + 3600 * guard.max_hours:
         words = f"in {guard.max_hours:g} h"

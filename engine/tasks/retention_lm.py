@@ -152,7 +152,7 @@ def _find_weights(name: str, runs_folder: Path) -> Path:
     """The folder that `model.init_from` names: a run (its best checkpoint), a checkpoint or any model folder."""
     for path in (runs_folder / name, Path(name).expanduser()):
         if (path / "run.json").is_file():
-            return choose_checkpoint(RunDirectory(path), "best").path
+            return choose_checkpoint(RunDirectory(path), "best", to_read=True).path
         if (path / "model.safetensors").is_file():
             return path
     raise UserError(f"model.init_from = {name!r}: neither a run in {runs_folder} nor a folder with model.safetensors")

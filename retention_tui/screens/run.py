@@ -247,7 +247,8 @@ class RunScreen(Screen[None]):
     async def action_background(self) -> None:
         """Saves the run, goes on with it in a process of its own, and watches that: on the same screen."""
         assert self._move is not None
-        paused, self._moving = self._progress.state is State.PAUSED, True
+        paused = self._progress.state is State.PAUSED and not self._progress.reason  # not where a guard holds it
+        self._moving = True
         self._note("moving to the background: saved first, then a process of its own goes on from there")
         self._expect_stop()
         failure = ""
