@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +23,6 @@ from engine.backend import (
     forget_peak,
     is_out_of_memory,
     limit_memory,
-    memory_bytes,
     mx,
     on_gpu,
 )
@@ -32,7 +30,7 @@ from engine.checkpoint import Checkpoint, newest_attempt
 from engine.commands import Command, Set
 from engine.controls import Controls
 from engine.errors import ExitCode, UserError
-from engine.events import Alarm, Notice, RunOpened, State, StepCompleted, Validated
+from engine.events import Alarm, Notice, RunOpened, State, Validated
 from engine.guards import Action, ClearCache, End, Hold, LetGo, Shrink, Tell, Warn
 from engine.guards.divergence import DivergenceGuard, Judgement, Verdict
 from engine.guards.early_stopping import EarlyStopping
@@ -51,6 +49,7 @@ from engine.planner import plan, suggest
 from engine.planning.capacity import gigabytes
 from engine.profile import Profile
 from engine.ranks import RankLost, Ranks
+from engine.reporting import Reporter
 from engine.saving import Saver
 from engine.scoring import Scorer
 from engine.store import RunDirectory
@@ -59,8 +58,6 @@ from engine.update import Gradient, Update
 from engine.vigil import Vigil
 
 from mlx.utils import tree_flatten
-
-_PACE_WINDOW_STEPS = 100
 
 
 @dataclass
@@ -118,8 +115,7 @@ class Trainer:
         self._oversight = Oversight(self._amendments.guard(), journal, vigil.kept)
         self.progress = Progress()
         self._val_loss: tuple[int, float] | None = None
-        self._reported_at = time.monotonic()
-        self._pace: deque[float] = deque(maxlen=_PACE_WINDOW_STEPS)
+        self._reporter = Reporter(journal, self._total_steps)
         if ranks.chief:
             check_identity(run, self._task.data_digest, self._warn)
         self._go_on_from(checkpoint)
@@ -131,7 +127,7 @@ class Trainer:
     def train(self) -> Outcome:
         """Trains until all steps are done, or a command or a guard ends it; leaves a checkpoint."""
         self._journal.enter(State.TRAINING)
-        self._reported_at = time.monotonic()
+        self._reporter.restart()
         try:
             outcome = self._take_steps()
         except RankLost as error:  # in an exchange: weights and optimizer are those of the last completed step
@@ -364,36 +360,21 @@ class Trainer:
     # What a step leaves behind
 
     def _report(self, gradient: Gradient, rate: float, step_seconds: float) -> None:
-        now, progress = time.monotonic(), self.progress
+        progress = self.progress
         seconds = max(step_seconds - self._attendant.aside_seconds, 1e-9)
-        self._pace.append(now - self._reported_at - self._attendant.paused_seconds())  # with validations, checkpoints
-        self._reported_at = now
         self._vigil.hang.beat(seconds)
         progress.elapsed_seconds += seconds
         if math.isfinite(gradient.loss):
             progress.loss_sum, progress.loss_steps = progress.loss_sum + gradient.loss, progress.loss_steps + 1
-        metrics = {
-            "loss": gradient.loss,
-            "grad_norm": gradient.norm,
-            **{f"grad_norm/{part}": norm for part, norm in gradient.part_norms.items()},
-            "learning_rate": rate,
-            "steps_per_second": 1 / seconds,
-            "tokens_per_second": gradient.tokens / seconds,
-            "trained_tokens": progress.trained_tokens,
-            "elapsed_seconds": progress.elapsed_seconds,
-            "micro_batch_size": self._micro_batch_size,
-            **memory_bytes(),
-        }
-        self._journal.record(progress.step, {**metrics, "time": time.time()})
-        left = self._total_steps - progress.step
-        self._journal.say(
-            StepCompleted(
-                step=progress.step,
-                total_steps=self._total_steps,
-                metrics=metrics,
-                elapsed_seconds=progress.elapsed_seconds,
-                remaining_seconds=left * sum(self._pace) / len(self._pace),
-            )
+        self._reporter.tell(
+            progress.step,
+            gradient,
+            rate,
+            self._micro_batch_size,
+            progress.trained_tokens,
+            seconds,
+            progress.elapsed_seconds,
+            self._attendant.paused_seconds(),
         )
 
     def _validate(self, on_schedule: bool = False) -> None:
@@ -459,7 +440,7 @@ class Trainer:
         val_loss = state.get("val_loss")
         self._val_loss = None if val_loss is None else (self.progress.step, val_loss)
         self.progress.step = self._ranks.decide(self.progress.step)
-        self._pace.clear()
+        self._reporter.restart()
         self._update.agree()
         newest = newest_attempt(self._run) if self._ranks.chief else 0
         attempt = self._journal.begin_attempt(self.progress.step, self._total_steps, newest)
