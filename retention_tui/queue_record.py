@@ -83,13 +83,13 @@ def new_queue(
 ) -> Record:
     """The record of a new queue, not yet written. Raises `UserError` where one of the profiles is wrong, or, but
     `anyway`, where this machine has not enough memory for it."""
-    from engine.planner import plan, refuse_what_cannot_fit  # loads MLX
-
     entries = []
     for profile in profiles:
         resolved, path = load_profile(profile, overrides), find_profile(profile)
         try:
             if not anyway:
+                from engine.planner import plan, refuse_what_cannot_fit  # loads MLX
+
                 refuse_what_cannot_fit(plan(resolved))
         except UserError as error:
             raise UserError(f"{profile}: {error}") from None

@@ -99,23 +99,56 @@ def profile(tiny: Path, name: str, change: Callable[[str], str] = lambda text: t
     return path
 
 
-def test_one_after_the_other_whatever_becomes_of_each(start: Callable[..., Started], tiny: Path) -> None:
-    """The first fails, in a process of its own; the exit code is its. What lies in the present folder is not run."""
+def test_a_night_of_runs_whatever_becomes_of_each(start: Callable[..., Started], tiny: Path) -> None:
+    """One fails, one is killed, one is stopped alone, and the queue with the next; the terminal is lost meanwhile.
+    What lies in the present folder is not imported."""
     tiny.with_name("json.py").write_text("raise SystemExit('imported from the present folder')")
     broken = profile(tiny, "broken", lambda text: text.replace('"text"', '"nowhere"'))
-    queue = start(broken, tiny, "--set", "train.steps=2", cwd=tiny.parent)
-    code, output, errors = queue.end()
-    assert (code, errors) == (2, "")
-    assert queue.states() == ["failed", "finished"]
-    first, second = queue.entries()
-    assert "nowhere" in first["reason"] and first["exit_code"] == 2
-    assert first["ended"] <= second["started"] <= second["ended"]
-    assert RunDirectory(queue.folder / "tiny").summary().state == "finished"
-    assert (RunDirectory(queue.folder / "tiny").last("loss") or (0,))[0] == 2
+    endless = profile(tiny, "endless", lambda text: text.replace("steps = 12", "steps = 1_000_000"))
+    brief = profile(tiny, "brief", lambda text: text.replace("steps = 12", "steps = 80"))
+    master, slave = pty.openpty()
+    terminal = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True, "cwd": tiny.parent}
+    queue = start(broken, endless, endless, brief, tiny, *QUICK, **terminal)
+    os.close(slave)
+    queue.wait_for_step("endless")
+    os.close(master)
+    queue.process.send_signal(signal.SIGHUP)
+    code, _, errors = start(tiny, "--anyway").end()
+    assert code == 2 and "another queue is at work" in errors and errors.count("\n") == 1
+    for run, number in (("endless", signal.SIGKILL), ("endless-2", signal.SIGTERM)):
+        queue.wait_for_step(run)
+        (child,) = children(queue)
+        child.send_signal(number)
+    queue.wait_for_step("brief")
+    queue.process.send_signal(signal.SIGINT)
+    assert queue.end()[0] == 130
+    (path,) = queue.folder.glob("queue-*.json")
+    assert queue.states() == ["failed", "failed", "stopped", "interrupted", "pending"]
+    failed, killed, stopped, *_ = queue.entries()
+    assert failed["exit_code"] == 2 and "nowhere" in failed["reason"]
+    assert (killed["exit_code"], killed["reason"]) == (137, "killed by SIGKILL")
+    assert (stopped["exit_code"], stopped["reason"]) == (143, "stopped by SIGTERM")
+    assert failed["started"] <= failed["ended"] <= killed["started"] <= killed["ended"] <= stopped["started"]
     assert not (queue.folder / "broken").exists()
-    last = output.splitlines()[-3:]
-    assert "1 failed, 1 finished" in last[0]
-    assert [line.split()[:2] for line in last[1:]] == [["failed", "broken"], ["finished", "tiny"]]
+    run = RunDirectory(queue.folder / "brief")
+    stopped_at = (run.last("loss") or (0,))[0]
+    assert run.summary().state == "stopped" and (run.checkpoints_path / f"step-{stopped_at:07}").is_dir()
+
+    code, output, errors = start("--continue").end()
+    assert (code, errors) == (2, "")  # that of the first that failed
+    assert queue.states() == ["failed", "failed", "stopped", "finished", "finished"]
+    assert [attempt.from_step for attempt in run.attempts()] == [0, stopped_at]
+    assert (RunDirectory(queue.folder / "tiny").last("loss") or (0,))[0] == 12
+    *_, counted, first, _, _, _, last = output.splitlines()
+    assert "2 failed, 1 stopped, 2 finished" in counted
+    assert (first.split()[:2], last.split()[:2]) == (["failed", "broken"], ["finished", "tiny"])
+
+    path.write_text(path.read_text().replace('"state": "finished"', '"state": "running"', 1))
+    held = RunLock(run)  # as by an app that shows its end
+    code, _, errors = start("--continue").end()
+    held.release()
+    assert (code, errors) == (2, "") and queue.states()[3] == "finished" and len(run.attempts()) == 2
+    assert unfinished_queue(queue.folder) is None
 
 
 def test_what_is_wrong_is_refused_before_the_first_starts(
@@ -139,73 +172,18 @@ def test_what_is_wrong_is_refused_before_the_first_starts(
         unfinished_queue(tmp_path)
 
 
-def test_a_signal_stops_the_run_with_a_checkpoint_and_the_queue_which_can_go_on(
-    start: Callable[..., Started], tiny: Path
-) -> None:
-    queue = start(tiny, tiny, *QUICK, "--set", "train.steps=40")
-    queue.wait_for_step("tiny")
-    queue.process.send_signal(signal.SIGINT)
-    code, output, errors = queue.end()
-    assert (code, errors) == (130, "")
-    assert queue.states() == ["interrupted", "pending"] and "queue --continue" in output
-    run = RunDirectory(queue.folder / "tiny")
-    stopped_at = (run.last("loss") or (0,))[0]
-    assert run.summary().state == "stopped" and (run.checkpoints_path / f"step-{stopped_at:07}").is_dir()
-    again = start("--continue")
-    code, output, errors = again.end()
-    assert (code, errors) == (0, "")
-    assert again.states() == ["finished", "finished"]
-    assert [attempt.from_step for attempt in run.attempts()] == [0, stopped_at]
-    (path,) = queue.folder.glob("queue-*.json")
-    path.write_text(path.read_text().replace('"state": "finished"', '"state": "running"', 1))
-    held = RunLock(run)  # as by an app that shows its end
-    code, output, _ = start("--continue").end()
-    held.release()
-    assert code == 0 and queue.states() == ["finished", "finished"] and len(run.attempts()) == 2
-    assert unfinished_queue(queue.folder) is None
-
-
-def test_a_run_that_is_killed_or_stopped_alone_is_recorded_and_the_next_one_starts(
-    start: Callable[..., Started], tiny: Path
-) -> None:
-    """Though its terminal is lost. The last run hangs, and is given up."""
-    master, slave = pty.openpty()
-    terminal = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True}
-    queue = start(tiny, tiny, tiny, *LONG, **terminal)
-    os.close(slave)
-    queue.wait_for_step("tiny")
-    os.close(master)
-    queue.process.send_signal(signal.SIGHUP)
-    for run, number in (("tiny", signal.SIGKILL), ("tiny-2", signal.SIGTERM)):
-        queue.wait_for_step(run)
-        (child,) = children(queue)
-        child.send_signal(number)
-    queue.wait_for_step("tiny-3")
-    assert queue.states() == ["failed", "stopped", "running"]
-    killed, stopped, _ = queue.entries()
-    assert (killed["exit_code"], killed["reason"]) == (137, "killed by SIGKILL")
-    assert (stopped["exit_code"], stopped["reason"]) == (143, "stopped by SIGTERM")
-    second = start(tiny)  # one queue a folder
-    code, _, errors = second.end()
-    assert code == 2 and "another queue is at work" in errors and errors.count("\n") == 1
+def test_a_killed_queue_goes_on_with_the_run_that_was_under_way(start: Callable[..., Started], tiny: Path) -> None:
+    """At first the run hangs and is given up. Then the queue alone is killed; the run outlives it, and is awaited."""
+    queue = start(tiny, *LONG, "--set", "checkpoint.every=10")
+    queue.wait_for_step("tiny", 15)
     (child,) = children(queue)
     child.suspend()
     queue.process.send_signal(signal.SIGINT)
     time.sleep(0.3)
-    assert queue.process.poll() is None
+    assert queue.process.poll() is None  # it waits for the checkpoint that shall come
     queue.process.send_signal(signal.SIGINT)
     assert queue.end()[0] == 130
-    assert queue.states() == ["failed", "stopped", "interrupted"]
-
-
-def test_a_killed_queue_goes_on_with_the_run_that_was_under_way(start: Callable[..., Started], tiny: Path) -> None:
-    """At first both are killed, as without power. Then the queue alone: the run outlives it, and is waited for."""
-    queue = start(tiny, *LONG, "--set", "checkpoint.every=10")
-    queue.wait_for_step("tiny", 15)
-    for process in (queue.process, *children(queue)):
-        process.kill()
-        process.wait()
-    assert queue.states() == ["running"]
+    assert queue.states() == ["interrupted"]
     second = start("--continue")
     run = RunDirectory(queue.folder / "tiny")
     wait_for(lambda: len(run.attempts()) == 2)
