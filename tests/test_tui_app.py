@@ -166,6 +166,7 @@ async def test_the_launcher_tells_what_happened_while_one_was_away_and_keeps_its
         await pilot.press("question_mark")
         await until(pilot, lambda: re.search(r"Enter +Start it", seen(app)))
         await until(pilot, lambda: last_look(session.runs_folder) > time.time() - 60)
+        assert app.told_until is not None and last_look(session.runs_folder) <= app.told_until
     assert while_away(session.runs_folder) == []
 
 
@@ -304,7 +305,9 @@ async def test_the_learning_rate_is_changed_while_it_trains(session: Session, ti
         await until(pilot, lambda: "checkpoint.every_minutes" in seen(app))
         await pilot.press("enter")
         await until(pilot, lambda: "train.learning_rate: to what?" in seen(app))
-        await pilot.press(*"1e-4", "enter")
+        await pilot.press(*"fast", "enter")
+        await until(pilot, lambda: "should be a number" in seen(app))
+        await pilot.press(*["backspace"] * 4, *"1e-4", "enter")
         await until(pilot, lambda: not isinstance(app.screen, SettingQuestion))
         await until(pilot, lambda: "1.00e-04" in seen(app))
         await pilot.press("l")

@@ -13,9 +13,10 @@ from textual.screen import Screen
 from textual.widgets import Input, TabbedContent, TabPane
 from textual.worker import get_current_worker
 
-from engine.commands import Checkpoint, Command, Pause, Resume, Set, Stop, Validate
+from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
 from engine.errors import UserError
 from engine.events import Alarm, AnswerEnded, AnswerText, Event, Reading, RunEnded, RunOpened, State, StepCompleted
+from engine.profile_files import validate_profile
 from retention_tui.client import Client, ConnectionLost, Reconnected
 from retention_tui.foresight import ask_for_plan
 from retention_tui.history import Series
@@ -229,12 +230,17 @@ class RunScreen(Screen[None]):
     def action_validate(self) -> None:
         self._ask(Validate(), "a validation was asked for")
 
-    def action_set(self) -> None:
-        def answered(setting: Set | None) -> None:
-            if setting is not None:
-                self._ask(setting, f"{setting.key} = {setting.value} was asked for")
-
-        self.app.push_screen(SettingQuestion(), answered)
+    @work
+    async def action_set(self) -> None:
+        try:
+            identity = await asyncio.to_thread(self._client.run.identity)
+            profile = validate_profile(identity["profile"], where="run.json")
+        except UserError as error:
+            self._note(str(error))
+            return
+        setting = await self.app.push_screen_wait(SettingQuestion(profile, self._progress.metrics.get("learning_rate")))
+        if setting is not None:
+            self._ask(setting, f"{setting.key} = {setting.value} was asked for")
 
     def action_stop(self) -> None:
         def answered(choice: str | None) -> None:
