@@ -25,6 +25,7 @@ from engine.durable import sync_path, write_json
 from engine.errors import UserError
 from engine.store import RunDirectory
 
+_LITTLE_BYTES = 1e9
 CHECKPOINT_FORMAT = 2
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -129,10 +130,20 @@ def save_checkpoint(
         sync_path(run.checkpoints_path)
         sync_path(run.path)
     except (OSError, RuntimeError) as error:  # MLX reports a failed write as RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason += _little_room(run.path)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint of step {step} could not be written: {reason}") from error
     return Checkpoint(step, attempt, final)
+
+
+def _little_room(folder: Path) -> str:
+    """Says how full the disk is, where that may be why."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < _LITTLE_BYTES:
+            return f" (the disk has {free / 1e6:.0f} MB left)"
+    return ""
 
 
 def list_checkpoints(run: RunDirectory) -> list[Checkpoint]:
