@@ -36,6 +36,7 @@ from engine.events import (
 from engine.lines import LineWriter
 from engine.runs import create_run
 from engine.store_writer import StoreWriter
+from engine.watchers import Present
 from retention_tui import wording
 from retention_tui.history import Series, Smoother
 from retention_tui.marks import Mark, MarkKind, load_marks
@@ -300,6 +301,14 @@ def test_what_a_run_left_behind_when_it_went_back_is_forgotten() -> None:
     history["val_loss"].add(40, 1.5)
     progress.adopt_history(history)
     assert (progress.best_val_loss, progress.best_step) == (1.5, 40)
+
+
+def test_who_comes_late_hears_of_no_measurement_that_was_left_behind() -> None:
+    present = Present()
+    kept, left = (Validated(step=at_step, metrics={"val_loss": 1.0}, best=True) for at_step in (40, 80))
+    for event in (opened(0), kept, left, opened(60)):
+        present.take(event)
+    assert [event for _, event in present.events() if isinstance(event, Validated)] == [kept]
 
 
 def test_the_past_of_a_run_is_marked_as_it_would_have_been_by_one_who_was_there(tmp_path: Path) -> None:
