@@ -6,10 +6,11 @@ Nothing is loaded for it and nothing allocated: it is arithmetic on the profile 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+from engine.amendments import Amendments
 from engine.errors import UserError
 from engine.events import Level
 from engine.planning import (
@@ -25,10 +26,11 @@ from engine.planning import (
     micro_batch,
     micro_batches,
 )
-from engine.planning.capacity import Capacity, gigabytes, this_capacity, this_setting
+from engine.planning.capacity import Bound, Capacity, gigabytes, this_capacity, this_setting
 from engine.planning.pace import Timing, foresee
 from engine.profile import Profile
-from engine.profile_files import with_override
+from engine.profile_files import validate_profile, with_override
+from engine.store import RunDirectory
 
 CACHE = "allocator_cache"
 PROCESS = "rest_of_process"
@@ -77,7 +79,8 @@ class Plan:
     micro_batch_size: int
     accumulation: int
     capacity: Capacity
-    level: Level
+    level: Level | None
+    """None where nothing is known of what this machine has."""
     verdict: str
     """A sentence."""
     reason: str
@@ -96,9 +99,15 @@ class Plan:
         return sum(self.components.values())
 
     @property
+    def tightest(self) -> Bound | None:
+        """The limit that is met first."""
+        bounds = self.capacity.bounds(self.predicted_peak_bytes, self.need_bytes)
+        return bounds[0] if bounds else None
+
+    @property
     def warning(self) -> str:
-        """One line for somebody who starts it all the same; empty where all is well."""
-        if self.level is Level.GREEN:
+        """One line for somebody who starts it all the same; empty where all is well, or nothing is known."""
+        if self.level in (Level.GREEN, None):
             return ""
         nearest = f"; less is needed with {self.suggestions[0].options}" if self.suggestions else ""
         return f"{self.verdict}{nearest}"
@@ -119,13 +128,11 @@ def plan(
     plan is for. `limit_bytes` stands for what the process may use, instead of this machine's memory.
     """
     setting = setting or this_setting(profile)
-    if limit_bytes is not None:
-        capacity = Capacity(limit_bytes)
-    capacity = capacity or this_capacity()
+    capacity = _capacity(profile, limit_bytes, capacity)
     components, moment = _components(profile, setting)
     need = sum(components.values())
     level, why = capacity.judge(_in_mlx(components), need)
-    suggestions = suggest(profile, capacity=capacity, setting=setting) if level is not Level.GREEN else ()
+    suggestions = suggest(profile, capacity=capacity, setting=setting) if level not in (Level.GREEN, None) else ()
     reason = _reason(components, level, why, fits=bool(suggestions))
     return Plan(
         profile=profile,
@@ -137,7 +144,7 @@ def plan(
         accumulation=micro_batches(profile, setting.ranks),
         capacity=capacity,
         level=level,
-        verdict=_verdict(components, level, reason or why, fits=bool(suggestions)),
+        verdict=_verdict(need, capacity, level, reason or why, fits=bool(suggestions)),
         reason=reason,
         suggestions=suggestions,
         timing=foresee(profile, runs_folder, except_run),
@@ -157,7 +164,7 @@ def suggest(
     alone where one is enough, else together. Empty where nothing of it fits. `limit_bytes` is as for `plan`.
     """
     setting = setting or this_setting(profile)
-    capacity = Capacity(limit_bytes) if limit_bytes is not None else capacity or this_capacity()
+    capacity = _capacity(profile, limit_bytes, capacity)
     now, _ = _components(profile, setting)
     need = sum(now.values())
     red = capacity.judge(_in_mlx(now), need)[0] is Level.RED
@@ -168,7 +175,7 @@ def suggest(
             components, _ = _components(changed, setting)
             less = sum(components.values())
             level, _ = capacity.judge(_in_mlx(components), less)
-            if less < need and list(Level).index(level) <= list(Level).index(worst):
+            if less < need and (level is None or list(Level).index(level) <= list(Level).index(worst)):
                 return Suggestion(settings, less, need - less, _in_words(profile, changed, setting))
         return None
 
@@ -195,6 +202,20 @@ def refuse_what_cannot_fit(plan: Plan) -> None:
         settings = " or ".join(suggestion.options for suggestion in plan.suggestions)
         advice = f"it fits with {settings}; " if settings else ""
         raise UserError(f"{plan.verdict}; {advice}run --anyway starts it all the same")
+
+
+def profile_of(run: RunDirectory) -> Profile:
+    """A run's profile as it is now, with what was changed since it began. Raises `UserError` in one line."""
+    begun = validate_profile(run.identity()["profile"], where=str(run.identity_path))
+    amendments, last = Amendments.of(begun, run), run.last("loss")
+    return amendments.at((last[0] if last else 0) + 1).model_copy(update={"guard": amendments.guard()})
+
+
+def _capacity(profile: Profile, limit_bytes: int | None, given: Capacity | None) -> Capacity:
+    """What a run of a profile may use: of a limit, of what is given, or of this machine; and of its own limit."""
+    capacity = Capacity(limit_bytes) if limit_bytes is not None else given or this_capacity()
+    own = profile.guard.memory.limit_gb
+    return capacity if own is None else replace(capacity, mlx_limit_bytes=int(own * 1e9))
 
 
 def _components(profile: Profile, setting: Setting) -> tuple[dict[str, int], Moment]:
@@ -259,8 +280,8 @@ def _in_words(profile: Profile, changed: Profile, setting: Setting) -> str:
     return "; ".join(words)
 
 
-def _reason(components: Mapping[str, int], level: Level, why: str, *, fits: bool) -> str:
-    if level is Level.GREEN:
+def _reason(components: Mapping[str, int], level: Level | None, why: str, *, fits: bool) -> str:
+    if level in (Level.GREEN, None):
         return ""
     if level is Level.RED and not fits:
         bare = sum(components.get(name, 0) for name in (FROZEN, TRAINED, OPTIMIZER))
@@ -268,7 +289,11 @@ def _reason(components: Mapping[str, int], level: Level, why: str, *, fits: bool
     return why
 
 
-def _verdict(components: Mapping[str, int], level: Level, why: str, *, fits: bool) -> str:
+def _verdict(need: int, capacity: Capacity, level: Level | None, why: str, *, fits: bool) -> str:
+    needed = f"about {gigabytes(need)} are needed"
+    if capacity.processes > 1:
+        needed += f" by each of {capacity.processes} processes"
+    if level is None:
+        return f"unknown: {needed}; what this machine has is unknown"
     words = {Level.GREEN: "fits", Level.YELLOW: "tight", Level.RED: "does not fit" if fits else "nothing of this fits"}
-    need = f"{words[level]}: about {gigabytes(sum(components.values()))} are needed"
-    return f"{need}, {why}" if why else f"{need}; what this machine has is unknown"
+    return f"{words[level]}: {needed}, {why}"

@@ -104,10 +104,12 @@ class TextData(Section):
 class Train(Section):
     """`[train]`: how long, how large a step, and how the optimizer moves."""
 
-    steps: Annotated[int | None, quantity("length of the run", unit="steps", ge=1)] = None
+    steps: Annotated[int | None, quantity("length of the run", unit="steps", ge=1, le=10**12)] = None
     epochs: Annotated[float | None, quantity("length of the run", unit="passes over the data", gt=0)] = None
-    tokens: Annotated[int | None, quantity("length of the run", unit="tokens", ge=1)] = None
-    batch_size: Annotated[int, quantity("effective batch of a step, over all ranks", unit="sequences", ge=1)] = 32
+    tokens: Annotated[int | None, quantity("length of the run", unit="tokens", ge=1, le=10**18)] = None
+    batch_size: Annotated[
+        int, quantity("effective batch of a step, over all ranks", unit="sequences", ge=1, le=10**6)
+    ] = 32
     micro_batch_size: Annotated[
         int | None, quantity("sequences in memory at once on one rank; the whole batch if absent", ge=1)
     ] = None
@@ -178,7 +180,7 @@ class MemoryGuard(Section):
     green_seconds: Annotated[float, quantity("green for so long: go on after a pause", unit="seconds", ge=0)] = 60
     limit_gb: Annotated[
         float | None,
-        quantity("most that MLX may hold, cache included; its own limit if absent", unit="10⁹ bytes", gt=0),
+        quantity("most that MLX may hold, cache included; its own limit if absent", unit="10⁹ bytes", gt=0, le=1e6),
     ] = None
     swap_mb: Annotated[float, quantity("swap above this and growing is an alarm; 0: never", unit="10⁶ bytes", ge=0)] = (
         500
@@ -233,7 +235,7 @@ class Guard(Section):
     early_stopping: EarlyStopping = EarlyStopping()
     stop_at: Annotated[str | None, quantity("checkpoint and stop at this time of day, e.g. 07:00")] = None
     max_hours: Annotated[
-        float | None, quantity("checkpoint and stop after so long, pauses included", unit="hours", gt=0)
+        float | None, quantity("checkpoint and stop after so long, pauses included", unit="hours", gt=0, le=8784)
     ] = None
     hang_seconds: Annotated[float, quantity("the shortest silence that may be one", unit="seconds", gt=0)] = 30
     hang_factor: Annotated[

@@ -132,6 +132,14 @@ class RunDirectory:
             row = database.execute(query, (metric,)).fetchone()
             return None if row is None else (row[0], _number(row[1], row[2]))
 
+    def tail(self, metric: str, count: int) -> dict[int, float]:
+        """The newest values of one metric on the current line, `count` at most, by their steps, the newest first."""
+        with self.reader() as database:
+            if database is None:
+                return {}
+            query = "SELECT step, value, is_nan FROM curve WHERE name = ? ORDER BY step DESC LIMIT ?"
+            return {row[0]: _number(row[1], row[2]) for row in database.execute(query, (metric, count))}
+
     def rows(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Every step of the current line with all that was measured there."""
         with self.reader() as database:

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.amendments import Amendments
 from engine.errors import UserError
 from engine.events import Level, plain
 from engine.profile import Profile
-from engine.profile_files import load_profile, validate_profile
+from engine.profile_files import load_profile
 from engine.store import RunDirectory
 from retention_tui import wording
 
@@ -42,7 +41,19 @@ _MEASURED = {
 }
 """The components that a measured step tells one by one."""
 
+MOMENTS = {
+    "loss": "the loss, at the end of the forward pass",
+    "backward, last layer": "the backward pass, at its beginning (the last layer)",
+    "backward, first layer": "the backward pass, at its end (the first layer)",
+    "update": "the update of the weights",
+}
+"""What the moments of a step are called."""
+
+ROUGHLY = 2**0.5
+"""An estimate from another shape may be off by this factor, either way."""
+
 _BESIDE_MLX = ("allocator_cache", "rest_of_process")
+_UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
 _YEAR_SECONDS = 365 * 86400
 
 
@@ -83,18 +94,18 @@ def lines(table: Table) -> list[str]:
     beside = len([name for name, _ in shares(table) if name in _BESIDE_MLX])
     told.insert(len(told) - beside, _row("MLX's peak", table["predicted_peak_bytes"], measured.get("peak_bytes")))
     told.append(_row("all of the process", table["need_bytes"], measured.get("process_peak_bytes")))
-    told += ["", *(f"{name:<12} {said}" for name, said in facts(table))]
+    told += [f"({moment_words(table)})", "", *(f"{name:<12} {said}" for name, said in facts(table))]
     return told
 
 
-def facts(table: Table) -> list[tuple[str, str]]:
-    """Verdict, time and what else there is to say, each with its name."""
+def facts(table: Table, time_said: str = "") -> list[tuple[str, str]]:
+    """Verdict, time and what else there is to say, each with its name; `time_said` is what is known better of time."""
     size, alternatives = wording.size, table["activations"]
     other = "without" if alternatives["gradient_checkpointing"] else "with"
     others = size(alternatives[f"{other}_gradient_checkpointing"])
     told = [
-        ("memory", f"● {table['verdict']}: {table['sentence']}"),
-        ("time", time_words(table["time"])),
+        ("memory", f"{dot(table['verdict'])} {_verdict(table)}"),
+        ("time", time_said or time_words(table["time"])),
         ("step", step_words(table)),
         ("activations", f"of a micro-batch, {other} gradient checkpointing: {others}"),
     ]
@@ -103,6 +114,21 @@ def facts(table: Table) -> list[tuple[str, str]]:
         told.append(("or" if index else "what fits", f"{suggestion['options']}"))
         told.append(("", f"{saved}; {suggestion['words']}"))
     return told
+
+
+def dot(verdict: str) -> str:
+    """What stands before a verdict: full where there is one."""
+    return "○" if verdict == "unknown" else "●"
+
+
+def _verdict(table: Table) -> str:
+    verdict, sentence = table["verdict"], table["sentence"]
+    return str(sentence) if verdict == "unknown" else f"{verdict}: {sentence}"
+
+
+def moment_words(table: Table) -> str:
+    """Which moment of a step the components are those of."""
+    return f"at the largest moment of a step: {MOMENTS.get(table['moment'], table['moment'])}"
 
 
 def shares(table: Table) -> list[tuple[str, int]]:
@@ -125,20 +151,35 @@ def time_words(timing: Table) -> str:
     source = {
         "measured": f"from {_steps(timing['samples'])} measured",
         "earlier runs": f"from {_steps(timing['samples'])} of an earlier run",
-        "estimate": "estimated from a run of another shape",
+        "estimate": "a rough estimate from a run of another shape; --measure knows better",
     }[timing["source"]]
+    rough = timing["source"] == "estimate"
     steps, within, seconds = timing["steps"], timing["steps_within_limit"], timing["seconds"]
     if within is not None and (steps is None or within < steps):
         of = f"{within:,} of {steps:,} steps" if steps else f"{within:,} steps"
         return f"about {of} {timing['limit']}{': too few' if steps else ''}, {source}"
     if seconds is None:
-        return f"about {_pace(pace)} a step, {source}; how many steps, the data will tell"
+        said = _range(pace) if rough else f"about {_pace(pace)}"
+        return f"{said} a step, {source}; how many steps, the data will tell"
     if seconds > _YEAR_SECONDS:
         return f"more than a year, {source}"
+    if rough:
+        return f"{_range(seconds)}, {source}"
     ends = wording.clock(timing["ends"])
     if seconds > 6 * 86400:
         ends = time.strftime("%d %B", time.localtime(timing["ends"]))
     return f"about {wording.duration(seconds)}: ends {ends}, {source}"
+
+
+def _range(seconds: float) -> str:
+    """`15 to 30 h`: what a rough estimate may mean, in two figures and one unit."""
+    least, most = seconds / ROUGHLY, seconds * ROUGHLY
+    size, unit = next(((size, unit) for size, unit in _UNITS if most >= 2 * size), _UNITS[-1])
+    return f"{_two_figures(least / size)} to {_two_figures(most / size)} {unit}"
+
+
+def _two_figures(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _pace(seconds: float) -> str:
@@ -160,7 +201,7 @@ def _profile(name: str, overrides: Sequence[str]) -> tuple[Profile, str | None]:
         return load_profile(name, overrides), None
     if overrides:
         raise UserError("--set is for profiles; a run is planned as it is")
+    from engine.planner import profile_of
+
     run = RunDirectory(Path(name).resolve())
-    begun = validate_profile(run.identity()["profile"], where=str(run.identity_path))
-    last = run.last("loss")
-    return Amendments.of(begun, run).at((last[0] if last else 0) + 1), run.name
+    return profile_of(run), run.name

@@ -97,8 +97,9 @@ class Session:
             from engine.checkpoint import choose_checkpoint  # loads MLX
 
             choose_checkpoint(found, which)  # a wrong one is refused before the run is touched
+        warning = _warned(found)
         with self._starting_alone():
-            return self._launch(found, resolved, which)
+            return self._launch(found, resolved, which, warning)
 
     def start_in_background(
         self, profile: str, overrides: Sequence[str] = (), name: str | None = None, anyway: bool = False
@@ -251,6 +252,15 @@ def _identity(profile: Profile) -> dict[str, object]:
     from engine.environment import environment  # loads MLX
 
     return {"profile": profile.model_dump(mode="json", by_alias=True), "environment": environment()}
+
+
+def _warned(run: RunDirectory) -> str:
+    """What the plan of a run that goes on warns of; it was begun, so nothing is refused."""
+    from engine.planner import profile_of  # loads MLX
+
+    with contextlib.suppress(UserError):  # what is damaged, its opening tells better
+        return _foresee(profile_of(run), anyway=True)
+    return ""
 
 
 def _foresee(profile: Profile, anyway: bool) -> str:

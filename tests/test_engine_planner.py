@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +22,10 @@ from engine.events import Level
 from engine.models.retention_lm import RetentionLM
 from engine.planner import Plan, plan, refuse_what_cannot_fit, suggest
 from engine.planning import IN_MLX, Setting, demand_of, micro_batch
-from engine.planning.capacity import Capacity
+from engine.planning.capacity import Capacity, this_capacity
 from engine.planning.measure import measure
+from engine.planning.pace import remember
+from engine.planning.report import as_table
 from engine.profile import Profile
 from engine.profile_files import list_profiles, load_profile
 from engine.store import RunDirectory
@@ -185,7 +189,44 @@ def test_a_gpu_has_its_own_limit() -> None:
 
 def test_unknown_memory_is_not_called_too_little() -> None:
     made = on_cpu(shipped("retention-7b"), Capacity(limit_bytes=None))
-    assert made.level is Level.GREEN and "unknown" in made.verdict
+    assert made.level is None and "what this machine has is unknown" in made.verdict and "fits:" not in made.verdict
+    assert made.suggestions == () and made.warning == "" and as_table(made)["verdict"] == "unknown"
+    refuse_what_cannot_fit(made)
+    apart = Capacity(limit_bytes=64 * GB, shared=False)  # a GPU of its own, of which nothing is known
+    assert on_cpu(shipped("retention-tiny"), apart).level is None
+    limited = shipped("retention-7b", "guard.memory.limit_gb=1")
+    assert on_cpu(limited, Capacity(limit_bytes=None)).level is Level.RED  # what is known counts all the same
+
+
+def test_the_guards_own_limit_counts_against_mlx() -> None:
+    peak = on_cpu(shipped("retention-tiny")).predicted_peak_bytes / GB
+    levels = {
+        share: on_cpu(shipped("retention-tiny", f"guard.memory.limit_gb={share * peak}")).level
+        for share in (0.99, 1.03, 2)
+    }
+    assert levels == {0.99: Level.RED, 1.03: Level.YELLOW, 2: Level.GREEN}
+    limit = f"guard.memory.limit_gb={0.7 * peak}"
+    made = on_cpu(shipped("retention-tiny", limit))
+    with pytest.raises(UserError, match=r"guard\.memory\.limit_gb allows .*it fits with --set"):
+        refuse_what_cannot_fit(made)
+    for suggestion in made.suggestions:
+        assert on_cpu(shipped("retention-tiny", limit, *suggestion.settings)).level is Level.GREEN
+
+
+def test_ranks_of_one_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = shipped("retention-tiny")
+    need = on_cpu(profile).need_bytes
+    levels = {
+        processes: on_cpu(profile, Capacity(limit_bytes=int(1.5 * need), processes=processes)).level
+        for processes in (1, 2)
+    }
+    assert levels == {1: Level.GREEN, 2: Level.RED}
+    assert "by each of 2 processes" in on_cpu(profile, Capacity(limit_bytes=need, processes=2)).verdict
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([["127.0.0.1:5000"], ["127.0.0.1:5001"], ["10.0.0.2:5000"]]))
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    monkeypatch.setenv("MLX_RANK", "1")
+    assert this_capacity().processes == 2
 
 
 # What would fit
@@ -295,6 +336,51 @@ def test_a_measurement_is_remembered(shared_tiny: Path) -> None:
     measured = measure(profile, seconds=0)
     timing = plan(profile).timing
     assert (timing.source, timing.seconds_a_step) == ("measured", measured.seconds_a_step)
+
+
+def test_time_of_the_newest_of_several_alike(runs: Path, shared_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = load_profile(str(shared_tiny))
+    for seconds, steps, hours in ((7.0, 150, 2), (3.0, 20, 1)):
+        then = time.time() - 3600 * hours
+        with monkeypatch.context() as past:
+            past.setattr(time, "time", lambda then=then: then)
+            remember(profile, seconds, steps)
+    assert plan(profile).timing.seconds_a_step == 3.0
+    assert plan(profile, runs_folder=runs).timing.source == "earlier runs"  # of less than an hour ago
+    remember(profile, 5.0, 1)
+    assert plan(profile, runs_folder=runs).timing.seconds_a_step == 5.0
+
+
+def test_steps_count_for_the_micro_batch_that_they_had(runs: Path, shared_tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shrunk"
+    shutil.copytree(runs, folder)
+    with contextlib.closing(sqlite3.connect(folder / "earlier" / "run.sqlite")) as database, database:
+        (metric,) = database.execute("SELECT id FROM metric WHERE name = 'micro_batch_size'").fetchone()
+        database.execute("UPDATE value SET value = 2 WHERE metric = ? AND step > 4", (metric,))
+    begun, shrunk = (load_profile(str(shared_tiny), [f"train.micro_batch_size={size}"]) for size in (4, 2))
+    rates = RunDirectory(folder / "earlier").tail("steps_per_second", 8)
+    assert sorted(rates) == list(range(5, 13))
+    timing = plan(shrunk, runs_folder=folder).timing
+    assert (timing.source, timing.samples) == ("earlier runs", 8)
+    assert timing.seconds_a_step == pytest.approx(1 / median(rates.values()))
+    assert plan(begun, runs_folder=folder).timing.source == "estimate"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["guard.max_hours=1e308", "guard.memory.limit_gb=1e308", f"train.steps=1{400 * '0'}", f"train.tokens=1{400 * '0'}"],
+)
+def test_lengths_beyond_all_measure_are_refused(setting: str) -> None:
+    with pytest.raises(UserError, match=setting.partition("=")[0].rpartition(".")[2]):
+        shipped("demo", setting)
+
+
+def test_the_longest_of_runs_is_planned(runs: Path, shared_tiny: Path) -> None:
+    longest = load_profile(str(shared_tiny), ["train.steps=1000000000000", "guard.max_hours=8784"])
+    timing = plan(longest, runs_folder=runs).timing
+    within = timing.steps_within(time.time())
+    assert within is not None and timing.seconds_a_step
+    assert within == pytest.approx(8784 * 3600 / timing.seconds_a_step, rel=1e-6)
 
 
 def test_too_few_steps_by_the_time_to_stop(runs: Path, shared_tiny: Path) -> None:

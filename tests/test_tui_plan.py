@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from test_tui_app import ENDLESS, click_on, seen, until
 
-from engine.planner import plan
-from engine.planning import Setting
+from engine.planner import plan, profile_of
+from engine.planning import Setting, demand_of
 from engine.planning.capacity import Capacity
 from engine.planning.report import as_table
 from engine.profile_files import load_profile
 from engine.runs import list_runs
 from retention_tui.app import RetentionApp
-from retention_tui.plan_view import time_words
+from retention_tui.plan_view import MOMENTS, lines, time_words
 from retention_tui.session import Session
 from retention_tui.widgets.plan import summary
 
@@ -113,7 +113,7 @@ async def test_the_launcher_shows_memory_and_time_and_measures(
         await click_on(pilot, "planned")
         await until(pilot, lambda: "● fits" in seen(app), 40)
         assert re.search(r"memory +0\.2 of [\d,.]+ GB +● fits", seen(app))
-        assert "■ activations" in seen(app) and "unknown until steps are measured" in seen(app)
+        await until(pilot, lambda: "■ activations" in seen(app) and "unknown until steps are measured" in seen(app))
         await pilot.press("m")
         await until(pilot, lambda: re.search(r"time +about .* measured", seen(app)) is not None, 60)
 
@@ -142,6 +142,8 @@ async def test_a_run_shows_its_plan_beside_what_it_has_taken(session: Session, t
         row = re.compile(r"MLX's peak +(\d+) (?:MB|kB) +(\d+) (?:MB|kB)")
         await until(pilot, lambda: row.search(seen(app)) is not None, 40)
         assert re.search(r"speed +– +\d+(\.\d+)? it/s", seen(app))
+        assert re.search(r"time +about \d.* left at \d+(\.\d+)? it/s", seen(app))
+        assert "at the largest moment of a step" in seen(app)
         await pilot.press("1")
         await until(pilot, lambda: "MLX's peak" not in seen(app))
 
@@ -156,6 +158,40 @@ def test_a_run_is_planned_as_it_is_now(session: Session, tiny: Path) -> None:
     done = retention_tui("plan", client.run.path, "--json")
     table = json.loads(done.stdout)
     assert (table["micro_batch_size"], table["accumulation"]) == (2, 4)
+
+
+def test_a_resumed_run_is_warned_and_not_refused(session: Session, tiny: Path) -> None:
+    client = session.start(str(tiny), [f"guard.memory.limit_gb={1e-4}", "train.steps=2"], name="night", anyway=True)
+    assert session.finish() == 0
+    client = session.resume("night")
+    assert session.finish() == 0
+    warnings = [event["text"] for event in client.run.events() if event.get("guard") == "plan"]
+    assert len(warnings) == 2 and warnings[0] == warnings[1]
+    assert "guard.memory.limit_gb allows" in warnings[1]
+
+
+def test_a_limit_that_was_changed_counts(session: Session, tiny: Path) -> None:
+    client = session.start(str(tiny), ["train.steps=2"], name="night")
+    assert session.finish() == 0
+    client.run.update_identity(amendments=[{"from_step": 1, "key": "guard.stop_at", "value": "07:00"}])
+    assert profile_of(client.run).guard.stop_at == "07:00"
+
+
+def test_what_is_unknown_is_not_shown_as_fitting() -> None:
+    table = as_table(plan(load_profile("demo"), capacity=Capacity(limit_bytes=None), setting=Setting()))
+    first = summary(table, 80)[0]
+    assert "○ unknown" in first.plain and "●" not in first.plain
+    assert not any("success" in str(span.style) for span in first.spans)
+    assert "○ unknown: about" in "\n".join(lines(table))
+
+
+def test_the_table_says_of_which_moment_it_is() -> None:
+    table = as_table(plan(load_profile("demo"), capacity=Capacity(limit_bytes=10**12), setting=Setting()))
+    said = next(line for line in lines(table) if "at the largest moment of a step" in line)
+    assert MOMENTS[table["moment"]] in said
+    profiles = [load_profile("demo"), load_profile("demo", ["train.gradient_checkpointing=true"])]
+    known = {moment.name for profile in profiles for moment in demand_of(profile).moments(profile, Setting())}
+    assert known <= set(MOMENTS)
 
 
 def timing(**known: Any) -> dict[str, Any]:
@@ -178,7 +214,15 @@ def timing(**known: Any) -> dict[str, Any]:
         ),
         (
             {"seconds_a_step": 1e6, "source": "estimate", "seconds": 4.68e8, "ends": 0},
-            "more than a year, estimated from a run of another shape",
+            "more than a year, a rough estimate from a run of another shape; --measure knows better",
+        ),
+        (
+            {"seconds_a_step": 163.0, "source": "estimate", "seconds": 76_370, "ends": 0},
+            "15 to 30 h, a rough estimate from a run of another shape; --measure knows better",
+        ),
+        (
+            {"seconds_a_step": 3.0, "source": "estimate", "steps": None},
+            "2.1 to 4.2 s a step, a rough estimate from a run of another shape.*; how many steps, the data will tell",
         ),
         (
             {"seconds_a_step": 0.25, "source": "measured", "steps": None, "samples": 1},
@@ -194,9 +238,9 @@ def test_time_in_words(known: dict[str, Any], said: str) -> None:
 def test_the_summary_keeps_to_its_width(width: int) -> None:
     profile = load_profile("retention-small", ["train.micro_batch_size=32"])
     table = as_table(plan(profile, capacity=Capacity(limit_bytes=20 * 10**9), setting=Setting()))
-    lines = [line for content in summary(table, width) for line in content.plain.splitlines()]
-    bar = next(line for line in lines if "█" in line)
+    shown = [line for content in summary(table, width) for line in content.plain.splitlines()]
+    bar = next(line for line in shown if "█" in line)
     assert bar == "█" * min(60, width)
-    longest = max(max(map(len, word.split())) for word in lines)
-    assert all(len(line) <= max(width, longest + 8) for line in lines[1:])
-    assert "fits with train.micro_batch_size=" in " ".join(" ".join(lines).split())
+    longest = max(max(map(len, word.split())) for word in shown)
+    assert all(len(line) <= max(width, longest + 8) for line in shown[1:])
+    assert "fits with train.micro_batch_size=" in " ".join(" ".join(shown).split())

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from engine.cores import ranks_launched
 from engine.data.text_dataset import cache_folder
 from engine.durable import write_json
 from engine.environment import environment
@@ -19,12 +20,14 @@ from engine.errors import UserError
 from engine.guards.limits import TimeLimits
 from engine.planning import demand_of, micro_batch
 from engine.profile import Profile
-from engine.profile_files import validate_profile
+from engine.profile_files import validate_profile, with_override
 from engine.runs import list_runs
 from engine.store import RunDirectory
 
 _RUNS_READ = 30
 _STEPS_READ = 200
+_ENOUGH_STEPS = 5
+"""A run of fewer tells little: the first step also compiles, or waits for a disk."""
 _MEASUREMENTS_KEPT = 200
 
 
@@ -52,10 +55,10 @@ class Timing:
 
     def steps_within(self, now: float) -> int | None:
         """Steps that are done when the time is up; None where there is no limit, or too little is known."""
-        if self.limit_at is None or not self.seconds_a_step:
+        if self.limit_at is None or not math.isfinite(self.limit_at) or not self.seconds_a_step:
             return None
-        done = int(max(0.0, self.limit_at - now) / self.seconds_a_step)
-        return done if self.steps is None else min(done, self.steps)
+        done = max(0.0, self.limit_at - now) / self.seconds_a_step
+        return int(done) if self.steps is None else int(min(done, self.steps))
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class _Sample:
     profile: Profile
     seconds_a_step: float
     steps: int
+    time: float
+    """When, in seconds since the epoch."""
     measured: bool
     """By `plan --measure`, not in a run."""
 
@@ -83,7 +88,7 @@ def foresee(profile: Profile, runs_folder: Path | None, except_run: str | None =
     own = _shape(profile)
     alike = [sample for sample in samples if _shape(sample.profile) == own]
     if alike:
-        chosen = max(alike, key=lambda sample: sample.steps)
+        chosen = max(alike, key=lambda sample: (sample.measured or sample.steps >= _ENOUGH_STEPS, sample.time))
         source: Literal["measured", "earlier runs"] = "measured" if chosen.measured else "earlier runs"
         return Timing(**head, seconds_a_step=chosen.seconds_a_step, source=source, samples=chosen.steps)
     operations = demand_of(profile).operations(profile)
@@ -104,6 +109,7 @@ def remember(profile: Profile, seconds_a_step: float, steps: int) -> None:
         "profile": profile.model_dump(mode="json", by_alias=True),
         "seconds_a_step": seconds_a_step,
         "steps": steps,
+        "time": time.time(),
     }
     with contextlib.suppress(OSError):
         path = _file()
@@ -118,7 +124,9 @@ def _measured() -> Iterator[_Sample]:
         with contextlib.suppress(KeyError, TypeError, ValueError, UserError):
             if entry["machine"] == here:
                 profile = validate_profile(entry["profile"], where="a measurement")
-                yield _Sample(profile, float(entry["seconds_a_step"]), int(entry["steps"]), measured=True)
+                seconds, steps, then = float(entry["seconds_a_step"]), int(entry["steps"]), float(entry.get("time", 0))
+                if seconds > 0:
+                    yield _Sample(profile, seconds, steps, then, measured=True)
 
 
 def _from_runs(folder: Path | None, except_run: str | None) -> Iterator[_Sample]:
@@ -134,10 +142,13 @@ def _from_runs(folder: Path | None, except_run: str | None) -> Iterator[_Sample]
             if _machine(identity["environment"]) != here:
                 continue
             profile = validate_profile(identity["profile"], where=run.name)
-            _, rates = run.curve("steps_per_second")
-            known = [float(rate) for rate in rates[-_STEPS_READ:] if rate > 0]
+            rates, sizes = (run.tail(metric, _STEPS_READ) for metric in ("steps_per_second", "micro_batch_size"))
+            size = next(iter(sizes.values()), None)  # a guard may have made it smaller on the way
+            known = [rate for step, rate in rates.items() if 0 < rate < math.inf and sizes.get(step) == size]
+            if size is not None:
+                profile = with_override(profile, f"train.micro_batch_size={size:.0f}")
             if known:
-                yield _Sample(profile, 1 / median(known), len(known), measured=False)
+                yield _Sample(profile, 1 / median(known), len(known), summary.updated, measured=False)
 
 
 def _machine(environment: Mapping[str, Any]) -> list[Any]:
@@ -148,9 +159,15 @@ def _machine(environment: Mapping[str, Any]) -> list[Any]:
 
 
 def _shape(profile: Profile) -> tuple[Any, ...]:
-    """What the time of a step depends on."""
+    """What the time of a step depends on, on this number of ranks."""
     train, model = profile.train, profile.model.model_dump(exclude={"init_from", "rope_theta"})
-    size = (train.batch_size, micro_batch(profile), train.sequence_length, train.gradient_checkpointing, train.dtype)
+    size = (
+        train.batch_size,
+        micro_batch(profile, ranks_launched()),
+        train.sequence_length,
+        train.gradient_checkpointing,
+        train.dtype,
+    )
     return (profile.kind, *model.values(), *size)
 
 
@@ -160,7 +177,7 @@ def _total_steps(profile: Profile) -> int | None:
     if train.steps is not None:
         return train.steps
     if train.tokens is not None:
-        return math.ceil(train.tokens / (train.batch_size * train.sequence_length))
+        return -(-train.tokens // (train.batch_size * train.sequence_length))
     return None
 
 

@@ -12,7 +12,7 @@ from engine.planning.measure import Measured
 
 def as_table(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
     """Sizes are bytes, times seconds, moments seconds since the epoch; None is unknown."""
-    now, timing, capacity = time.time(), plan.timing, plan.capacity
+    now, timing, capacity, tightest = time.time(), plan.timing, plan.capacity, plan.tightest
     table: dict[str, Any] = {
         "kind": plan.profile.kind,
         "parameters": plan.parameters,
@@ -31,8 +31,10 @@ def as_table(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
         "limit_bytes": capacity.limit_bytes,
         "available_bytes": capacity.available_bytes,
         "device_bytes": capacity.device_bytes,
-        "for_training_bytes": capacity.for_training_bytes,
-        "verdict": str(plan.level),
+        "mlx_limit_bytes": capacity.mlx_limit_bytes,
+        "processes": capacity.processes,
+        "tightest": None if tightest is None else asdict(tightest),
+        "verdict": "unknown" if plan.level is None else str(plan.level),
         "sentence": plan.verdict,
         "reason": plan.reason,
         "suggestions": [{**asdict(suggestion), "options": suggestion.options} for suggestion in plan.suggestions],

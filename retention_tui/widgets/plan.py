@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from textual.app import ComposeResult
@@ -10,12 +11,12 @@ from textual.content import Content
 from textual.widgets import Static
 
 from retention_tui import wording
-from retention_tui.plan_view import NAMES, Table, facts, shares, time_words
+from retention_tui.plan_view import NAMES, Table, dot, facts, moment_words, shares, time_words
 from retention_tui.progress import Progress
 from retention_tui.theme import FAINT
 
-LEVEL_COLOURS = {"green": "$success", "yellow": "$warning", "red": "$error"}
-_LEVEL_WORDS = {"green": "fits", "yellow": "tight", "red": "too large"}
+LEVEL_COLOURS = {"green": "$success", "yellow": "$warning", "red": "$error", "unknown": FAINT}
+_LEVEL_WORDS = {"green": "fits", "yellow": "tight", "red": "too large", "unknown": "unknown whether it fits"}
 _PARTS = (
     ("loss", "$primary", ("logits_and_loss",)),
     ("activations", "$accent", ("activations", "retention_states")),
@@ -89,16 +90,16 @@ class PlanPage(VerticalScroll):
 
 def summary(table: Table, width: int) -> list[Content]:
     """The lines of the launcher, for a width in columns."""
-    level, limit = table["verdict"], table["for_training_bytes"]
-    need = f"{table['need_bytes'] / 1e9:,.1f} of {limit / 1e9:,.1f} GB" if limit else wording.size(table["need_bytes"])
-    verdict = (f"● {_LEVEL_WORDS[level]}", LEVEL_COLOURS[level])
+    level, bound = table["verdict"], table["tightest"]
+    need = _need_of(bound["need_bytes"], bound["limit_bytes"]) if bound else wording.size(table["need_bytes"])
+    verdict = (f"{dot(level)} {_LEVEL_WORDS[level]}", LEVEL_COLOURS[level])
     lines = [Content.assemble(("memory  ", FAINT), f"{need}  ", verdict), *_bar(table, width)]
     if level == "yellow" or (level == "red" and not table["suggestions"]):
         lines.append(Content.styled(_indented(table["reason"], width), LEVEL_COLOURS[level]))
     if table["suggestions"]:
         lines.append(Content(_indented(f"fits with {', '.join(table['suggestions'][0]['settings'])}", width)))
-    time = _indented(time_words(table["time"]), width).lstrip()
-    return [*lines, Content.assemble(("time    ", FAINT), time)]
+    said = _indented(time_words(table["time"]), width).lstrip()
+    return [*lines, Content.assemble(("time    ", FAINT), said)]
 
 
 def page(table: Table, progress: Progress) -> list[Content]:
@@ -111,11 +112,28 @@ def page(table: Table, progress: Progress) -> list[Content]:
     planned, rate = table["time"]["seconds_a_step"], metrics.get("steps_per_second")
     said = f"{1 / planned:.3g} it/s" if planned else wording.MISSING
     so_far = f"{rate:.3g} it/s" if rate else wording.MISSING
-    lines += [Content.assemble((f"{'speed':<22}", FAINT), f"{said:>12}{so_far:>12}"), Content()]
-    for name, text in facts(table):
+    lines += [Content.assemble((f"{'speed':<22}", FAINT), f"{said:>12}{so_far:>12}")]
+    lines += [Content.styled(moment_words(table), FAINT), Content()]
+    for name, text in facts(table, _time_left(table["time"], progress)):
         colour = LEVEL_COLOURS[table["verdict"]] if name == "memory" else ""
         lines.append(Content.assemble((f"{name:<14}", FAINT), (text, colour)))
     return lines
+
+
+def _time_left(planned: Table, progress: Progress) -> str:
+    """`about 12 m 04 s left at 4.5 it/s`, as the run itself knows it; empty before its first steps, after its end."""
+    left, rate = progress.remaining_seconds, progress.metrics.get("steps_per_second")
+    if left is None or not rate or progress.over:
+        return ""
+    said = f"about {wording.duration(left)} left at {rate:.3g} it/s"
+    early = planned["limit"].startswith("by ") and time.time() + left > planned["limit_at"]
+    return f"{said}, but it stops {planned['limit'].replace('by', 'at', 1)}" if early else said
+
+
+def _need_of(need: int, limit: int) -> str:
+    """`0.2 of 8.0 GB`, with more decimals where a limit is small."""
+    decimals = 1 if limit >= 1e9 else 2
+    return f"{need / 1e9:,.{decimals}f} of {limit / 1e9:,.{decimals}f} GB"
 
 
 def _bar(table: Table, width: int) -> list[Content]:
