@@ -50,7 +50,8 @@ class HookRunner:
         self._alarms: deque[Alarm] = deque(maxlen=_EARLIER_KEPT + 1)
         self._untold = 0
         self._next_alarm = -math.inf
-        self._end_is_told = True
+        self._end_is_told, self._end_is_settled = True, threading.Event()
+        self._end_is_settled.set()
         # Not a daemon: the interpreter waits for it, and it ends soon after the run does.
         self._thread = threading.Thread(target=self._work, name=f"hooks of {run.name}")
 
@@ -58,9 +59,14 @@ class HookRunner:
         """Begins to listen; it ends by itself once the run has."""
         self._thread.start()
 
-    def silence_end(self) -> None:
-        """From now on a stop is not told: it is no end, as another process goes on with the run."""
-        self._end_is_told = False
+    def hold_end(self) -> None:
+        """From now on a stop is told only once `settle_end` has said that it is the run's end."""
+        self._end_is_settled.clear()
+
+    def settle_end(self, told: bool) -> None:
+        """Whether a stop is told; not where another process goes on with the run."""
+        self._end_is_told = told
+        self._end_is_settled.set()
 
     def join(self, timeout_seconds: float | None = None) -> bool:
         """Waits for the last hook; false if it is still running."""
@@ -72,6 +78,7 @@ class HookRunner:
             for event in self._mailbox.take():
                 if isinstance(event, RunEnded):
                     self._tell_alarms()
+                    self._end_is_settled.wait()
                     if self._end_is_told or event.state is not State.STOPPED:
                         self._call("finish" if event.exit_code == ExitCode.OK else "failure", event)
                     return

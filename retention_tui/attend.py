@@ -92,17 +92,21 @@ def _remember(session: Session, shown: Client | None, told_until: float | None) 
 def in_background(background: Background | RemoteClient) -> str:
     """One line: what can be done about a run of another process."""
     name = background.run.name
+    goes_on = "trains in the background" if isinstance(background, Background) else "goes on"
     return (
-        f"{name} trains in the background, process {background.pid}: "
+        f"{name} {goes_on}, process {background.pid}: "
         f"retention-tui watch {name} shows it, retention-tui control {name} stop ends it"
     )
 
 
 def finish(session: Session) -> int:
-    """Waits for the run; a failed one's reason is told in one line."""
+    """Waits for the run; what failed is told in one line."""
     code = session.finish()
     if session.ended is not None and session.ended.exit_code != ExitCode.OK:
         print(f"retention-tui: {session.ended.reason}", file=sys.stderr)
+    if session.move_failure:
+        print(f"retention-tui: not in the background: {session.move_failure}", file=sys.stderr)
+        return code or ExitCode.BAD_INPUT
     return code
 
 
@@ -159,7 +163,7 @@ def _stop_on_signals(session: Session, leave: Callable[[], None] | None = None) 
             _leave_if_stuck(session, number)
         if leave is not None:
             leave()
-        elif session.client is None:  # nothing to be saved yet
+        elif session.client is None and not session.starting:  # nothing to be saved yet
             raise SystemExit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):

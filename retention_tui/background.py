@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import IO
 
 from engine.cores import ranks_launched
 from engine.errors import ExitCode, UserError
+from engine.runs import RunLock, remove_run
 from engine.store import RunDirectory
 from retention_tui.fresh import fresh_process
 
@@ -36,8 +36,18 @@ class StartFailed(UserError):
         self.exit_code = exit_code
 
 
+class GivenUp(Exception):
+    """Ctrl+C came before the run had opened; its process has ended. `run` is what there is of it, if anything."""
+
+    def __init__(self, run: RunDirectory | None) -> None:
+        super().__init__("given up")
+        self.run = run
+
+
 def start(arguments: Sequence[str], runs_folder: Path) -> Background:
-    """Starts `run …` or `resume …` in a new session and waits until the run has opened. Raises `StartFailed`.
+    """Starts `run …` or `resume …` in a new session and waits until the run has opened.
+
+    Raises `StartFailed` or `GivenUp`.
 
     What it prints comes through a pipe until the run has opened; then the pipe is closed, and its own words and its
     libraries' go to the run's log (`retention_tui.headless.Printer`).
@@ -56,17 +66,33 @@ def start(arguments: Sequence[str], runs_folder: Path) -> Background:
         raise UserError(f"no process could be started: {error.strerror or error}") from None
     assert process.stdout is not None
     try:
-        with process.stdout as output:
-            run, said = _wait_for_run(output)
-    except BaseException:  # Ctrl+C: nobody would know of it
-        with suppress(OSError):
-            process.send_signal(signal.SIGTERM)
+        run, said = _wait_for_run(process.stdout)
+        process.stdout.close()
+    except KeyboardInterrupt:
+        raise GivenUp(_give_up(process, new=arguments[0] == "run")) from None
+    except BaseException:  # nobody would know of it
+        process.terminate()
         raise
     if run is None:
         code = process.wait()
         raise StartFailed(said or f"the background process ended with code {code}", code or ExitCode.DEFECT)
     threading.Thread(target=process.wait, name=f"reaper of {run.name}", daemon=True).start()
     return Background(run, process.pid)
+
+
+def _give_up(process: subprocess.Popen[bytes], new: bool) -> RunDirectory | None:
+    """Ends a start that nobody waits for any more: the run that is left, stopped with a checkpoint, if any."""
+    assert process.stdout is not None
+    process.terminate()
+    run, _ = _wait_for_run(process.stdout)
+    process.stdout.close()
+    process.wait()
+    if run is not None and new and run.summary().step == 0:  # its name is free again
+        lock = RunLock(run)
+        remove_run(run)
+        lock.release()
+        return None
+    return run
 
 
 def _wait_for_run(output: IO[bytes]) -> tuple[RunDirectory | None, str]:

@@ -178,10 +178,6 @@ class Progress:
                 self.step, self.total_steps = event.step, event.total_steps
                 where = f"goes on at step {event.step:,}" if event.step else f"starts on {event.device}, {event.dtype}"
                 self._note(event.time, Weight.PLAIN, f"{event.run} {where}")
-            case Reconnected():
-                self.state = event.state
-                self._waiting = []  # as steps may have been missed, the history is loaded again
-                self._note(event.time, Weight.PLAIN, "the connection broke and was made again")
             case StateChanged():
                 self.state, self.reason = event.state, event.reason
                 if event.reason or event.state not in _USUAL:
@@ -211,9 +207,8 @@ class Progress:
                 entry = self._note(event.time, weight, f"{event.state} at step {event.step:,}{reason}")
                 if event.state is State.FAILED:
                     self._expect_reader(entry)
-            case ConnectionLost():
-                self.lost, self.reason, self.remaining_seconds = event.word, "", None
-                self._expect_reader(self._note(event.time, Weight.CRITICAL, event.text))
+            case ConnectionLost() | Reconnected():
+                self._connection_broke(event)
 
     def _forget_beyond(self, step: int) -> None:
         """The run is at `step`: what it had come to beyond, before it went back, is not of its line."""
@@ -222,6 +217,15 @@ class Progress:
             self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("val_")}
         if self.best_step is not None and self.best_step > step:
             self.best_step = self.best_val_loss = None  # the history knows the one before
+
+    def _connection_broke(self, event: ConnectionLost | Reconnected) -> None:
+        if isinstance(event, Reconnected):
+            self.state = event.state
+            self._waiting = []  # as steps may have been missed, the history is loaded again
+            self._note(event.time, Weight.PLAIN, "the connection broke and was made again")
+        else:
+            self.lost, self.reason, self.remaining_seconds = event.word, "", None
+            self._expect_reader(self._note(event.time, Weight.CRITICAL, event.text))
 
     def _step(self, event: StepCompleted) -> None:
         self.step, self.total_steps = event.step, event.total_steps

@@ -219,6 +219,38 @@ class RemoteClient:
             self._mailbox.put(AnswerEnded(answer=answer, reason=reason, tokens=0, seconds=0.0))
 
 
+class EndedClient:
+    """A run of another process that has ended before it could be watched. See `retention_tui.client.Client`."""
+
+    here = looks_only = alive = False
+
+    def __init__(self, run: RunDirectory, ended: RunEnded) -> None:
+        self.run = run
+        self._events: list[Event] = [Reconnected(state=ended.state), ended]
+
+    def send(self, command: Command) -> None:
+        """Nobody is left to hear it."""
+
+    def events(self, timeout_seconds: float = 0.0) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def watch_or_recall(run: RunDirectory) -> RemoteClient | EndedClient:
+    """Watches a run that has just been started, also where it has ended since. Raises `UserError`."""
+    try:
+        return RemoteClient(run)
+    except UserError:
+        attempts = run.attempts()
+        ended = _how_it_ended(run, attempts[-1].id) if attempts and not run.is_live() else None
+        if ended is None:
+            raise
+        return EndedClient(run, ended)
+
+
 def connect(run: RunDirectory, looks_only: bool = False) -> Connection:
     """Finds a live run's socket and is let in. Raises `UserError` in one line."""
     deadline = time.monotonic() + _PATIENCE_SECONDS

@@ -22,7 +22,8 @@ from engine.store import RunDirectory
 from engine.worker import Engine
 from retention_tui import background
 from retention_tui.background import Background
-from retention_tui.remote import RemoteClient
+from retention_tui.client import Client
+from retention_tui.remote import watch_or_recall
 
 _LAST_BREATH_SECONDS = 1.0
 """A run that has said its end has still to leave its thread."""
@@ -66,6 +67,8 @@ class Session:
         """How the last run ended, once it was waited for."""
         self.background: Background | None = None
         """The last run that was started in the background."""
+        self.move_failure = ""
+        """Why the last run could not be moved to the background, if so: it has been stopped."""
         self.on_launch: Callable[[RunDirectory], None] = lambda run: None
         """Called with each run just before it starts, on whatever thread starts it."""
         self._engine: Engine | None = None
@@ -115,20 +118,28 @@ class Session:
         found = find_run(self.runs_folder, run)
         return self._start_in_background(["resume", str(found.path), "--from", which])
 
-    def move_to_background(self, paused: bool = False) -> RemoteClient | None:
+    def move_to_background(self, paused: bool = False) -> Client | None:
         """Stops the present run with a checkpoint, goes on from it in a process of its own, and watches that.
 
         It is paused there too, if it was. None where the run ended otherwise meanwhile, or shall end. Waits for all
         that. Raises `UserError` where the process does not start.
         """
-        client = self.client
-        if self._hook_runner is not None:
-            self._hook_runner.silence_end()
-        self.stop("moved to the background")
-        self.finish()
-        if client is None or self.ended is None or self.ended.state is not State.STOPPED or self.interrupted:
-            return None
-        remote = RemoteClient(self.resume_in_background(str(client.run.path)).run)
+        client, hooks, moved = self.client, self._hook_runner, False
+        if hooks is not None:
+            hooks.hold_end()
+        try:
+            self.stop("moved to the background")
+            self.finish()
+            if client is None or self.ended is None or self.ended.state is not State.STOPPED or self.interrupted:
+                return None
+            remote = watch_or_recall(self.resume_in_background(str(client.run.path)).run)
+            moved = True
+        except UserError as error:
+            self.move_failure = str(error)
+            raise
+        finally:
+            if hooks is not None:
+                hooks.settle_end(told=not moved)
         self.client = self.ended = None
         if paused:
             remote.send(Pause())
@@ -164,6 +175,11 @@ class Session:
             self._engine.send(Stop(reason=reason))
 
     @property
+    def starting(self) -> bool:
+        """True while a run is being made: what is begun then is ended in order."""
+        return self._starting.locked()
+
+    @property
     def running(self) -> bool:
         return self._engine is not None and self._engine.ended is None
 
@@ -195,20 +211,26 @@ class Session:
     def _launch(self, run: RunDirectory, profile: Profile, resume_from: str | None, warning: str = "") -> LocalClient:
         with self._owning:
             self._lock = RunLock(run)
-            self._new = resume_from is None
-            self._engine = Engine(run, profile, resume_from, warning=warning)
-            self.client = LocalClient(self._engine)
-            hooks = HookRunner(self._hooks, run, self._engine.subscribe()) if self._hooks.commands() else None
-            self._hook_runner = hooks
-            self._server = ControlServer(run, self._engine.subscribe(), self._engine.send)
-            self.on_launch(run)
-            self._server.start()
-            self._engine.start()
+            self._new, self.move_failure = resume_from is None, ""
+            engine = Engine(run, profile, resume_from, warning=warning)
+            client = LocalClient(engine)
+            hooks = HookRunner(self._hooks, run, engine.subscribe()) if self._hooks.commands() else None
+            self._server = ControlServer(run, engine.subscribe(), engine.send)
+            try:
+                self.on_launch(run)
+                self._server.start()
+                engine.start()
+            except BaseException as error:
+                self._give_back(run, in_vain=True)
+                if isinstance(error, OSError):
+                    raise UserError(f"run {run.name} cannot be started: {error.strerror or error}") from error
+                raise
+            self._engine, self.client, self._hook_runner = engine, client, hooks
             if hooks is not None:
                 hooks.start()
         if self._signal:  # it came while this run was being prepared
-            self._engine.send(Stop(reason=f"stopped by {signal.Signals(self._signal).name}"))
-        return self.client
+            engine.send(Stop(reason=f"stopped by {signal.Signals(self._signal).name}"))
+        return client
 
     def _assist(self, path: Path, profile: Profile) -> None:
         self._engine = Engine(RunDirectory(path), profile, assists=True)
@@ -225,16 +247,16 @@ class Session:
         with self._owning:
             if self._engine is engine:  # else another thread was faster
                 self.ended, self._engine = ended, None
-                self._give_back(engine.run, ended)
+                self._give_back(engine.run, in_vain=ended.exit_code == ExitCode.BAD_INPUT)
         return ended.exit_code
 
-    def _give_back(self, run: RunDirectory, ended: RunEnded) -> None:
+    def _give_back(self, run: RunDirectory, in_vain: bool) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None
         if self._lock is None:
             return
-        if self._new and ended.exit_code == ExitCode.BAD_INPUT and not _has_begun(run):
+        if self._new and in_vain and not _has_begun(run):
             remove_run(run)  # the next try may have its name
         self._lock.release()
         self._lock = None

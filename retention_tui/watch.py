@@ -15,9 +15,9 @@ from engine.events import Alarm, CheckpointSaved, Event, Notice, RunEnded, State
 from engine.lines import describe
 from engine.runs import find_run
 from retention_tui import attend, headless
-from retention_tui.background import Background, StartFailed
+from retention_tui.background import Background, GivenUp, StartFailed
 from retention_tui.client import ConnectionLost
-from retention_tui.remote import RemoteClient
+from retention_tui.remote import RemoteClient, not_live
 from retention_tui.session import Session
 
 ACTIONS: dict[str, Command] = {
@@ -50,8 +50,12 @@ def start(session: Session, begin: Callable[[], Background], *, no_screen: bool,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a start that is given up ends its process
     try:
         background = begin()
+    except GivenUp as given_up:
+        left = not_live(given_up.run) if given_up.run is not None else "nothing was started"
+        print(f"retention-tui: given up; {left}", file=sys.stderr)
+        return 128 + signal.SIGINT
     except KeyboardInterrupt:
-        print("retention-tui: given up; nothing was started", file=sys.stderr)
+        print("retention-tui: given up; what was begun stops by itself", file=sys.stderr)
         return 128 + signal.SIGINT
     except StartFailed as failure:
         print(f"retention-tui: {failure}", file=sys.stderr)

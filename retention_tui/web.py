@@ -7,6 +7,7 @@ it: it says so when it connects, and the process that trains refuses every comma
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import shlex
@@ -27,11 +28,15 @@ from retention_tui.session import Session
 
 if TYPE_CHECKING:
     from aiohttp import web
+    from textual_serve.app_service import AppService
     from textual_serve.server import Server
 
 VISITORS = 8
 """At once; each is a process that takes some of the machine from the run."""
 _LOOK_SECONDS = 1.0
+_GRACE_SECONDS = 1.0
+_LARGEST_SIDE = 500
+"""Cells of a visitor's window."""
 
 
 def serve(runs_folder: Path, run_name: str, host: str, port: int) -> int:
@@ -59,7 +64,7 @@ async def _serve(server: Server) -> None:
     loop, over = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, over.set)
-    runner = web.AppRunner(await server._make_app(), access_log=None)
+    runner = web.AppRunner(await server._make_app(), access_log=None, shutdown_timeout=_GRACE_SECONDS)
     await runner.setup()
     try:
         await web.TCPSite(runner, server.host, server.port).start()
@@ -77,13 +82,22 @@ def _make_server(run: RunDirectory, host: str, port: int) -> Server:
     class LookingServer(Server):
         """Lets in pages of its own only, and not too many at once."""
 
-        visitors = 0
+        def __init__(self, command: str) -> None:
+            super().__init__(command, host=host, port=port, title=run.name)
+            self.visitors = 0
+            self._sockets: set[web.WebSocketResponse] = set()
 
         async def on_startup(self, app: web.Application) -> None:
             """Says nothing: it is said once it serves."""
 
+        async def on_shutdown(self, app: web.Application) -> None:
+            """Leaves nobody waiting, and waits for nobody."""
+            for socket in tuple(self._sockets):
+                with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                    await asyncio.wait_for(socket.close(), _GRACE_SECONDS)
+
         async def handle_index(self, request: web.Request) -> Any:
-            self.public_url = f"{request.scheme}://{request.host}"  # as the visitor sees it, through whatever tunnel
+            self.public_url = f"{request.scheme}://{request.host}"  # as the visitor sees it, also through `ssh -L`
             return await super().handle_index(request)
 
         async def handle_websocket(self, request: web.Request) -> web.WebSocketResponse:
@@ -91,14 +105,36 @@ def _make_server(run: RunDirectory, host: str, port: int) -> Server:
                 raise web.HTTPForbidden(text="a page of another site")
             if self.visitors >= VISITORS:
                 raise web.HTTPServiceUnavailable(text="too many visitors")
+            size = {name: _sane(request.query.get(name), usual) for name, usual in (("width", 80), ("height", 24))}
             self.visitors += 1
             try:
-                return await super().handle_websocket(request)
+                return await super().handle_websocket(request.clone(rel_url=request.rel_url.update_query(size)))
             finally:
                 self.visitors -= 1
 
+        async def _process_messages(self, websocket: web.WebSocketResponse, app_service: AppService) -> None:
+            resize = app_service.set_terminal_size
+
+            async def resize_sanely(width: object, height: object) -> None:
+                await resize(_sane(width, 80), _sane(height, 24))
+
+            app_service.set_terminal_size = resize_sanely  # type: ignore[method-assign]
+            self._sockets.add(websocket)
+            try:
+                await super()._process_messages(websocket, app_service)
+            finally:
+                self._sockets.discard(websocket)
+
     command = shlex.join(fresh_process([str(run.path)], "retention_tui.web"))
-    return LookingServer(f"exec {command}", host=host, port=port, title=run.name)
+    return LookingServer(f"exec {command}")
+
+
+def _sane(cells: object, usual: int) -> int:
+    """A window's width or height as a visitor gives it: an app that draws millions of cells would stop the machine."""
+    try:
+        return min(max(int(str(cells)), 1), _LARGEST_SIDE)
+    except ValueError:
+        return usual
 
 
 def _is_loopback(host: str) -> bool:

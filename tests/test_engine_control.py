@@ -24,7 +24,6 @@ from engine.control import WATCHERS, ControlServer
 from engine.control_socket import Connection, peer_uid, read_address
 from engine.errors import ExitCode
 from engine.events import (
-    Alarm,
     AnswerEnded,
     AnswerStarted,
     Event,
@@ -180,6 +179,14 @@ def until(connection: Connection, kind: type[Event]) -> list[Event]:
     heard: list[Event] = []
     while not any(isinstance(event, kind) for event in heard):
         heard += [read_event(message) for message in connection.receive()]
+    return heard
+
+
+def until_refused(connection: Connection, key: str) -> list[Event]:
+    """All that is said until it is told that a setting cannot be changed."""
+    heard: list[Event] = []
+    while not any(isinstance(event, Notice) and f"not changed: {key}" in event.text for event in heard):
+        heard += until(connection, Notice)
     return heard
 
 
@@ -361,8 +368,7 @@ class TestWatching:
         connections = [served.connect(), served.connect(), served.connect(looks_only=True)]
         connections[0].send(Set("model.width", "7"))
         for connection in connections:
-            alarm = next(event for event in until(connection, Alarm) if isinstance(event, Alarm))
-            assert "model.width cannot be changed" in alarm.text
+            until_refused(connection, "model.width")
             connection.close()
 
     def test_an_answer_is_heard_by_who_asked_for_it(self, served: Served) -> None:
@@ -371,7 +377,7 @@ class TestWatching:
         heard = until(asking, AnswerEnded)
         assert [event.reason for event in heard if isinstance(event, AnswerEnded)] == ["length"]
         other.send(Set("nothing.such", "1"))
-        assert not any(isinstance(event, AnswerStarted) for event in until(other, Alarm))
+        assert not any(isinstance(event, AnswerStarted) for event in until_refused(other, "nothing.such"))
         asking.close()
         other.close()
 

@@ -107,7 +107,8 @@ def test_a_stop_is_not_told_where_another_process_goes_on(
     mailbox = Mailbox()
     runner = HookRunner(Hooks(finish=keep(tmp_path), failure=keep(tmp_path)), run, mailbox)
     runner.start()
-    runner.silence_end()
+    runner.hold_end()
+    runner.settle_end(told=False)
     mailbox.put(RunEnded(state=state, reason="", exit_code=int(state is State.FAILED), step=3))
     assert runner.join(10)
     assert len(told(tmp_path)) == told_of

@@ -23,7 +23,7 @@ from statistics import median
 import psutil
 
 from engine.commands import Set
-from engine.events import Alarm
+from engine.events import Notice
 from engine.store import RunDirectory
 from retention_tui.background import Background
 from retention_tui.remote import RemoteClient
@@ -65,10 +65,10 @@ class Readers:
 def _fill(run: RunDirectory) -> None:
     """Has the run tell all who watch some 600 kB: more than a socket takes for one that does not read."""
     client, heard = RemoteClient(run), 0
-    for number in range(FILLING_LINES):
-        client.send(Set("nothing.such" + "." * 900, f"{number}"))
+    for _ in range(FILLING_LINES):
+        client.send(Set("nothing.such", "x" * 900))
     while heard < FILLING_LINES:
-        heard += sum(isinstance(event, Alarm) for event in client.events(1.0))
+        heard += sum(isinstance(event, Notice) for event in client.events(1.0))
     client.close()
 
 
