@@ -225,7 +225,10 @@ def plan(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Tell what a profile will need: memory, part by part, and time; and what would fit where it does not."""
+    """Tell what a profile will need: memory, part by part, and time; and what would fit where it does not.
+
+    The verdict is `verdict` in --json: green, yellow, red or unknown. The exit code of every plan that is made is 0.
+    """
     from retention_tui.plan_view import print_plan
 
     print_plan(profile, overrides or (), runs_dir, measured=measured, as_json=as_json)

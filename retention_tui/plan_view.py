@@ -156,15 +156,21 @@ def time_words(timing: Table) -> str:
     rough = timing["source"] == "estimate"
     steps, within, seconds = timing["steps"], timing["steps_within_limit"], timing["seconds"]
     if within is not None and (steps is None or within < steps):
-        of = f"{within:,} of {steps:,} steps" if steps else f"{within:,} steps"
-        return f"about {of} {timing['limit']}{': too few' if steps else ''}, {source}"
+        most = within * ROUGHLY if steps is None else min(within * ROUGHLY, steps)
+        done = f"{within / ROUGHLY:,.0f} to {most:,.0f}" if rough else f"about {within:,}"
+        if steps is None:
+            return f"{done} steps {timing['limit']}, {source}"
+        perhaps = "perhaps " if rough and most == steps else ""
+        return f"{done} of {steps:,} steps {timing['limit']}: {perhaps}too few, {source}"
     if seconds is None:
         said = _range(pace) if rough else f"about {_pace(pace)}"
         return f"{said} a step, {source}; how many steps, the data will tell"
     if seconds > _YEAR_SECONDS:
         return f"more than a year, {source}"
     if rough:
-        return f"{_range(seconds)}, {source}"
+        late = within is not None and timing["ends"] + (ROUGHLY - 1) * seconds > timing["limit_at"]
+        perhaps = f", perhaps not all of it {timing['limit']}" if late else ""
+        return f"{_range(seconds)}{perhaps}, {source}"
     ends = wording.clock(timing["ends"])
     if seconds > 6 * 86400:
         ends = time.strftime("%d %B", time.localtime(timing["ends"]))

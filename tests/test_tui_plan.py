@@ -221,6 +221,21 @@ def timing(**known: Any) -> dict[str, Any]:
             "15 to 30 h, a rough estimate from a run of another shape; --measure knows better",
         ),
         (
+            {"seconds_a_step": 100.0, "source": "estimate", "seconds": 46_800, "limit": "by 07:00"}
+            | {"steps_within_limit": 100},
+            "71 to 141 of 468 steps by 07:00: too few, a rough estimate .*",
+        ),
+        (
+            {"seconds_a_step": 100.0, "source": "estimate", "seconds": 46_800, "limit": "by 07:00"}
+            | {"steps_within_limit": 400},
+            "283 to 468 of 468 steps by 07:00: perhaps too few, a rough estimate .*",
+        ),
+        (
+            {"seconds_a_step": 100.0, "source": "estimate", "seconds": 46_800, "limit": "by 07:00"}
+            | {"steps_within_limit": 468, "ends": 46_800, "limit_at": 50_000},
+            "9.2 to 18 h, perhaps not all of it by 07:00, a rough estimate .*",
+        ),
+        (
             {"seconds_a_step": 3.0, "source": "estimate", "steps": None},
             "2.1 to 4.2 s a step, a rough estimate from a run of another shape.*; how many steps, the data will tell",
         ),
