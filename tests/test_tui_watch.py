@@ -10,22 +10,25 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 from test_tui_app import click_on, seen, step_shown, until
+from textual.widgets import Input
 from windows import COMMAND, ENTER_SCREEN, LEAVE_SCREEN, Window, wait_for
 
-from engine.commands import Pause, Resume, Stop
+from engine.commands import Generate, Pause, Resume, Set, Stop
 from engine.control_socket import read_address
 from engine.errors import UserError
-from engine.events import Event, State, StateChanged
+from engine.events import AnswerEnded, AnswerStarted, Event, Notice, State, StateChanged, StepCompleted
 from engine.runs import list_runs
 from engine.store import RunDirectory
-from retention_tui import watch
+from retention_tui import attend, watch
 from retention_tui.app import RetentionApp
+from retention_tui.client import Reconnected
 from retention_tui.remote import RemoteClient
 from retention_tui.screens.launcher import Launcher
 from retention_tui.screens.run import RunScreen
@@ -51,10 +54,10 @@ class Elsewhere:
         settings = [word for setting in (f"train.steps={steps}", *SMALL) for word in ("--set", setting)]
         return self.words("run", str(self.profile), *settings, *options)
 
-    def begin(self, steps: int = FOR_EVER) -> RunDirectory:
+    def begin(self, name: str | None = None) -> RunDirectory:
         """Starts a run in the background and comes back once it has opened."""
-        settings = [f"train.steps={steps}", *SMALL]
-        return Session(self.folder).start_in_background(str(self.profile), settings).run
+        settings = [f"train.steps={FOR_EVER}", *SMALL]
+        return Session(self.folder).start_in_background(str(self.profile), settings, name).run
 
     def ask(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.words(*arguments), capture_output=True, text=True, check=False, timeout=60)
@@ -66,7 +69,11 @@ class Elsewhere:
         return window
 
     def program(self, *arguments: str) -> subprocess.Popen[str]:
-        program = subprocess.Popen(self.words(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return self.begin_program(self.words(*arguments))
+
+    def begin_program(self, words: list[str], folder: Path | None = None) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        program = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=folder)
         self._programs.append(program)
         return program
 
@@ -138,6 +145,32 @@ class TestBackground:
         assert re.fullmatch(r"retention-tui: data\.files: \S+/nowhere: no such file or folder\n", done.stderr)
         assert list_runs(elsewhere.folder) == []
 
+    def test_a_start_that_is_given_up_leaves_nothing(self, elsewhere: Elsewhere) -> None:
+        run = RunDirectory(elsewhere.folder / "gone")
+        program = elsewhere.begin_program(elsewhere.run_words("--name", "gone", "--background", "--headless"))
+        wait_for(run.identity_path.exists, "folder of the run")
+        program.send_signal(signal.SIGINT)
+        said, complaints = program.communicate(timeout=30)
+        assert (said, program.returncode) == ("", 130)
+        if complaints != "retention-tui: given up; nothing was started\n":  # it had got further
+            assert re.match(r"retention-tui: given up; run gone is not live: it was stopped at step \d", complaints)
+            assert step(run) > 0
+        else:
+            assert not run.path.exists()
+        assert not run.is_live()
+
+    def test_a_run_that_cannot_be_launched_leaves_the_session_free(self, session: Session, tiny: Path) -> None:
+        def no_log(run: RunDirectory) -> None:
+            raise PermissionError(13, "Permission denied", str(run.log_path))
+
+        session.on_launch = no_log
+        with pytest.raises(UserError, match="run once cannot be started: Permission denied"):
+            session.start(str(tiny), ["train.steps=2"], "once")
+        assert session.client is None and not session.running and session.finish() == 0
+        session.on_launch = lambda run: None
+        session.start(str(tiny), ["train.steps=2"], "once")
+        assert session.finish() == 0
+
 
 class TestWatch:
     def test_two_windows_show_and_steer_one_run_which_outlives_both(self, elsewhere: Elsewhere) -> None:
@@ -156,7 +189,7 @@ class TestWatch:
         wait_for(lambda: step(run) > lost_at + 10, "progress without its first window")
         second.type(b"q")
         assert second.exit_code() == 0 and second.is_restored()
-        assert second.shows(b"tiny trains in the background", since=second.output.rfind(LEAVE_SCREEN))
+        assert second.shows(b"tiny goes on, process ", since=second.output.rfind(LEAVE_SCREEN))
         done = elsewhere.ask("control", "tiny", "stop")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == f"tiny: stopped at step {step(run)}: stopped on request\n"
@@ -206,22 +239,38 @@ class TestWatch:
         assert client.ended is not None and client.ended.reason == "stopped on request"
 
     def test_a_reader_that_is_suspended_hears_the_end_once_it_goes_on(self, elsewhere: Elsewhere) -> None:
-        run = elsewhere.begin(steps=150)
+        run = elsewhere.begin()
         lines = elsewhere.program("watch", "tiny", "--json")
-        assert lines.stdout is not None
+        assert lines.stdout is not None and lines.stderr is not None
         while json.loads(lines.stdout.readline())["event"] != "step":
             pass
         lines.send_signal(signal.SIGSTOP)
-        assert step(run) < 150
+        client, told = RemoteClient(run), 0
+        for _ in range(1_500):  # more than what the system keeps for a reader that does not read
+            client.send(Set("nothing.such", "x" * 900))
+        while told < 1_500:
+            told += sum(isinstance(event, Notice) for event in client.events(1.0))
+        client.send(Stop(reason="that was it"))
         wait_for(lambda: not run.is_live(), "end")
         lines.send_signal(signal.SIGCONT)
-        events = [json.loads(line) for line in lines.stdout.read().splitlines()]
-        assert lines.wait(30) == 0
-        assert [event["step"] for event in events if event["event"] == "step"][-1] == 150
-        assert events[-1]["event"] == "run_ended"
-        words = "run tiny is not live: it finished at step 150; retention-tui show tiny tells of it"
+        said, complaints = lines.communicate(timeout=30)
+        ended = json.loads(said.splitlines()[-1])
+        assert (ended["event"], ended["state"], ended["reason"]) == ("run_ended", "stopped", "that was it")
+        assert sum("nothing.such" in line for line in said.splitlines()) < 1_500, "else the system kept it all"
+        assert (lines.returncode, complaints) == (0, "")
+        words = r"run tiny is not live: it was stopped at step \d+; retention-tui resume tiny goes on with it"
         with pytest.raises(UserError, match=words):
             RemoteClient(run)
+
+    def test_a_run_is_steered_from_another_folder_than_it_was_started_in(self, elsewhere: Elsewhere) -> None:
+        folder = elsewhere.profile.parent / "work"
+        folder.mkdir()
+        settings = [word for setting in (f"train.steps={FOR_EVER}", *SMALL) for word in ("--set", setting)]
+        words = [*COMMAND, "run", str(elsewhere.profile), *settings, "--name", "there", "--headless"]
+        program = elsewhere.begin_program(words, folder)
+        assert program.stdout is not None and program.stdout.readline()
+        assert watch.control(folder / "runs", "there", "stop", None) == 0
+        assert program.wait(30) == 0
 
 
 class TestControl:
@@ -238,9 +287,9 @@ class TestControl:
         assert re.fullmatch(r"tiny: Iter \d+: Val loss .*", control("validate"))
         assert control("resume") == "tiny: goes on"
         assert re.fullmatch(
-            r"tiny: train\.learning_rate = 1e-4 from step [\d,]+ on", control("set", "train.learning_rate=1e-4")
+            r"tiny: train\.learning_rate = 1e-4 from step [\d,]+ on\b.*", control("set", "train.learning_rate=1e-4")
         )
-        with pytest.raises(UserError, match=r"tiny: train\.learning_rate.* should be a number"):
+        with pytest.raises(UserError, match=r"tiny: not changed: train\.learning_rate.* should be a number"):
             watch.control(live.folder, "tiny", "set", "train.learning_rate=fast")
         with pytest.raises(UserError, match=r"model\.width cannot be changed"):
             watch.control(live.folder, "tiny", "set", "model.width=8")
@@ -263,16 +312,22 @@ class TestOnTheScreen:
     async def test_a_run_moves_to_the_background_and_loses_not_a_step(
         self, session: Session, elsewhere: Elsewhere
     ) -> None:
-        settings = ["train.steps=100", *SMALL[1:]]
-        Session(elsewhere.folder).start(str(elsewhere.profile), settings, "alone")
+        settings = [f"train.steps={FOR_EVER}", *SMALL]
+        alone = elsewhere.begin(name="alone")
         client = session.start(str(elsewhere.profile), settings, "moved")
         app = RetentionApp(session, client)
         async with app.run_test(size=(130, 40)) as pilot:
             await until(pilot, lambda: step_shown(app) > 5)
             app.simulate_key("b")
             await until(pilot, lambda: session.background is not None)
-            await until(pilot, lambda: "● finished" in seen(app))
+            await until(pilot, lambda: "it goes on in the background" in seen(app))
             assert session.client is None and session.background is not None
+            went_on_at = client.run.attempts()[-1].from_step
+            await until(pilot, lambda: step_shown(app) > went_on_at + 10)
+            app.simulate_key("s")
+            await until(pilot, lambda: "Stop moved?" in seen(app))
+            app.simulate_key("s")
+            await until(pilot, lambda: "● stopped" in seen(app))
             assert session.background.pid != os.getpid()
             assert "Background" not in seen(app)
             app.simulate_key("3")
@@ -282,14 +337,17 @@ class TestOnTheScreen:
             app.simulate_key("q")
             await until(pilot, lambda: not app.is_running)
         steps, losses = client.run.curve("loss")
-        assert steps.tolist() == list(range(1, 101))
-        alone = RunDirectory(elsewhere.folder / "alone")
-        wait_for(lambda: state(alone) == "finished", "other run")
-        assert losses.tolist() == alone.curve("loss")[1].tolist()
+        assert steps.tolist() == list(range(1, len(steps) + 1)) and len(steps) > went_on_at + 5
+        wait_for(lambda: step(alone) >= len(steps), "other run")
+        assert losses.tolist() == alone.curve("loss")[1].tolist()[: len(losses)]
         assert [attempt.id for attempt in client.run.attempts()] == [1, 2]
 
     async def test_where_the_background_fails_one_is_told_how_to_go_on(
-        self, session: Session, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+        self,
+        session: Session,
+        elsewhere: Elsewhere,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         client = session.start(str(elsewhere.profile), [f"train.steps={FOR_EVER}", *SMALL])
         app = RetentionApp(session, client)
@@ -303,6 +361,8 @@ class TestOnTheScreen:
             app.simulate_key("q")
             await until(pilot, lambda: not app.is_running)
         assert client.run.checkpoints_path.is_dir() and not client.run.is_live()
+        assert attend.finish(session) == 2, "who left meanwhile is told"
+        assert "not in the background: no process could be started" in capsys.readouterr().err
 
     async def test_the_launcher_starts_in_the_background_and_watches_what_is_live(
         self, session: Session, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
@@ -355,21 +415,54 @@ class TestOnTheScreen:
 
     def test_a_broken_connection_is_made_again(self, run: RunDirectory) -> None:
         """As for a watcher that was suspended for so long that it was dropped."""
-        client = RemoteClient(run)
-        client.arrived.wait(10)
-        before, after = client.events(), list[Event]()
+        client, heard = RemoteClient(run), list[Event]()
+
+        def hears(kind: type[Event], state: State | None = None) -> bool:
+            heard.extend(client.events())
+            return any(isinstance(event, kind) and state in (None, getattr(event, "state", None)) for event in heard)
+
+        client.send(Generate("long", "A list is", max_tokens=100_000))
+        wait_for(lambda: hears(AnswerStarted), "answer")
         client._connection.close()
-
-        def hears(state: State) -> bool:
-            after.extend(client.events())
-            return any(isinstance(event, StateChanged) and event.state is state for event in after)
-
-        wait_for(lambda: client.send(Pause()) or hears(State.PAUSED), "pause")
+        client.send(Pause())
+        wait_for(lambda: hears(StateChanged, State.PAUSED), "pause: no command is lost")
+        assert [event.reason for event in heard if isinstance(event, AnswerEnded)] == ["connection lost"]
+        assert hears(Reconnected)
+        heard = [event for event in heard if not isinstance(event, StateChanged)]
         client.send(Resume())
-        wait_for(lambda: hears(State.TRAINING), "progress")
+        wait_for(lambda: hears(StateChanged, State.TRAINING), "progress")
         assert client.alive
-        assert not any(event in before for event in after), "nothing is told twice"
+        steps = [event.step for event in heard if isinstance(event, StepCompleted)]
+        assert steps == sorted(set(steps)), "nothing is told twice"
         client.close()
+
+    def test_a_refused_question_is_answered_by_its_refusal(self, run: RunDirectory) -> None:
+        client = RemoteClient(run, looks_only=True)
+        client.send(Generate("mine", "A list is"))
+        heard: list[Event] = []
+        wait_for(lambda: heard.extend(client.events()) or any(isinstance(event, AnswerEnded) for event in heard), "end")
+        (ended,) = [event for event in heard if isinstance(event, AnswerEnded)]
+        assert (ended.answer, ended.reason) == ("mine", "refused: generate: this watcher may only look")
+        client.close()
+
+    async def test_escape_pressed_twice_leaves_an_answer_that_does_not_end(
+        self, session: Session, run: RunDirectory
+    ) -> None:
+        client = RemoteClient(run)
+        app = RetentionApp(session, client)
+        async with app.run_test(size=(130, 40)) as pilot:
+            client.send(Pause())
+            await until(pilot, lambda: "● paused" in seen(app))
+            os.kill(client.pid, signal.SIGSTOP)  # it hears nothing
+            try:
+                await pilot.press("2", "a", "enter", "escape")
+                assert isinstance(app.focused, Input)
+                await pilot.press("escape")
+                assert app.focused is None
+            finally:
+                os.kill(client.pid, signal.SIGCONT)
+            client.send(Resume())
+            await until(pilot, lambda: "● training" in seen(app))
 
 
 def test_what_the_browser_needs_is_said_where_it_is_not_there(live: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,9 +492,12 @@ async def test_a_browser_may_look_and_that_is_all(live: Elsewhere, run: RunDirec
             for keys in (" ", "c", "s", "s"):
                 await terminal.send_json(["stdin", keys])
                 shown += await terminal.receive_bytes(timeout=30)
-    here = step(run)
-    wait_for(lambda: step(run) > here + 10, "progress")
-    assert not {event["event"] for event in run.events()[said:]} & {"state", "checkpoint", "validation"}
-    server.send_signal(signal.SIGINT)
-    assert await asyncio.to_thread(server.wait, 30) == 0
+            await terminal.send_json(["resize", {"width": 10**9, "height": 10**9}])
+            here = step(run)
+            await asyncio.to_thread(wait_for, lambda: step(run) > here + 10, "progress")
+            assert not {event["event"] for event in run.events()[said:]} & {"state", "checkpoint", "validation"}
+            began = time.monotonic()
+            server.send_signal(signal.SIGINT)  # with a page open that does not answer
+            assert await asyncio.to_thread(server.wait, 30) == 0
+            assert time.monotonic() - began < 8
     assert run.is_live()

@@ -42,7 +42,7 @@ while client.alive:
     time.sleep(1 / 8)  # as often as a screen looks
 """
 WARM_UP_STEPS = 10
-FILLING_LINES = 600
+FILLING_LINES = 1_500
 
 
 class Readers:
@@ -63,7 +63,7 @@ class Readers:
 
 
 def _fill(run: RunDirectory) -> None:
-    """Has the run tell all who watch some 600 kB: more than a socket takes for one that does not read."""
+    """Has the run tell all who watch more than a megabyte: more than a socket takes for one that does not read."""
     client, heard = RemoteClient(run), 0
     for _ in range(FILLING_LINES):
         client.send(Set("nothing.such", "x" * 900))
