@@ -115,6 +115,8 @@ def watch_run(
 ) -> None:
     """Show a live run of another process, and steer it."""
     if web:
+        if look or no_screen or as_json:
+            raise UserError("watch --web is for looking only anyway, and takes no --look, --headless or --json")
         from retention_tui.web import serve
 
         raise SystemExit(serve(runs_dir, run_name, host, port))

@@ -471,6 +471,12 @@ def test_what_the_browser_needs_is_said_where_it_is_not_there(live: Elsewhere, m
         serve(live.folder, "tiny", "127.0.0.1", 8000)
 
 
+def test_what_means_nothing_to_a_browser_is_refused(live: Elsewhere) -> None:
+    done = live.ask("watch", "tiny", "--web", "--json")
+    words = "retention-tui: watch --web is for looking only anyway, and takes no --look, --headless or --json\n"
+    assert (done.returncode, done.stderr) == (2, words)
+
+
 async def test_a_browser_may_look_and_that_is_all(live: Elsewhere, run: RunDirectory) -> None:
     said = len(run.events())
     with socket.create_server(("127.0.0.1", 0)) as probe:
