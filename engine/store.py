@@ -220,6 +220,16 @@ class RunDirectory:
             return False
         return False
 
+    def _open(self) -> sqlite3.Connection:
+        place = f"file:{_uri_path(self.database_path)}?mode=ro"
+        database = sqlite3.connect(place, uri=True, timeout=10)
+        try:
+            database.execute("PRAGMA user_version").fetchone()
+        except sqlite3.OperationalError:  # a medium that cannot be written, where SQLite cannot read its own log
+            database.close()
+            database = sqlite3.connect(f"{place}&immutable=1", uri=True, timeout=10)
+        return database
+
     @contextlib.contextmanager
     def reader(self) -> Iterator[sqlite3.Connection | None]:
         """A read-only connection for the calling thread, or None where nothing was stored yet."""
@@ -227,8 +237,7 @@ class RunDirectory:
             yield None
             return
         try:
-            place = f"file:{_uri_path(self.database_path)}?mode=ro"
-            with contextlib.closing(sqlite3.connect(place, uri=True, timeout=10)) as database:
+            with contextlib.closing(self._open()) as database:
                 yield database if schema_version(database, self.database_path) else None
         except sqlite3.Error as error:
             raise UserError(f"{self.database_path} cannot be read: {error}") from None
