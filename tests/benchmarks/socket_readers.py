@@ -1,6 +1,6 @@
 """What watchers cost: training speed with three readers on the run's socket, one of them stopped, against none.
 
-    python tests/benchmarks/socket_readers.py [--profile demo] [--steps 60] [--rounds 9]
+    python tests/benchmarks/socket_readers.py [--profile demo] [--steps 20] [--rounds 11]
 
 One process trains the profile in the background, served as every run is. Stretches of equal numbers of steps alternate:
 in one nobody listens, in the next three processes watch, one of which has been stopped with SIGSTOP and reads nothing.
@@ -99,8 +99,8 @@ def measure(background: Background, steps: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="demo")
-    parser.add_argument("--steps", type=int, default=60, help="steps of a round")
-    parser.add_argument("--rounds", type=int, default=9, help="of each kind")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a round")
+    parser.add_argument("--rounds", type=int, default=11, help="of each kind")
     options = parser.parse_args()
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     asides = ["validate.every=0", "checkpoint.every=0", "checkpoint.every_minutes=0", "train.schedule='constant'"]
