@@ -21,6 +21,7 @@ class Saver:
     def __init__(self, run: RunDirectory, journal: Journal, task: Task, update: Update) -> None:
         self._run, self._journal, self._task, self._update = run, journal, task, update
         self._last: Checkpoint | None = None
+        self._failed_at_step: int | None = None
         self._tried_at = time.monotonic()
 
     @property
@@ -45,8 +46,11 @@ class Saver:
             else:
                 self._write(step, state)
                 self._prune(keep)
+            self._failed_at_step = None
         except CheckpointError as error:
-            self._warn(f"{error}; training goes on, the checkpoints before it are kept", "critical")
+            if self._failed_at_step != step:  # said once; it is tried again whenever there is an occasion
+                self._warn(f"{error}; training goes on, the checkpoints before it are kept", "critical")
+            self._failed_at_step = step
             return False
         finally:
             self._tried_at = time.monotonic()

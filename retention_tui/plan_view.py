@@ -123,7 +123,7 @@ def dot(verdict: str) -> str:
 
 def _verdict(table: Table) -> str:
     verdict, sentence = table["verdict"], table["sentence"]
-    return str(sentence) if verdict == "unknown" else f"{verdict}: {sentence}"
+    return str(sentence) if verdict == "unknown" else f"{verdict}, {sentence}"
 
 
 def moment_words(table: Table) -> str:

@@ -510,6 +510,9 @@ def test_a_disk_that_stays_full_ends_a_run_in_one_line(start: Start) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (ended.state, ended.exit_code) == (State.FAILED, ExitCode.BAD_INPUT)
     assert ended.reason.startswith("enough, but its last checkpoint could not be written") and "\n" not in ended.reason
+    failures = [alarm.text.split(";")[0] for alarm in ride.of(Alarm) if "checkpoint of step" in alarm.text]
+    steps = [text.split()[3] for text in failures]
+    assert steps and len(steps) == len(set(steps)), "each is said once"
     assert ride.events[-1] == ended
     assert "in memory is lost" in ride.of(Alarm)[-1].text
 

@@ -37,7 +37,7 @@ class SettingQuestion(ModalScreen[Set | None]):
             yield Input(f"{FIRST}=", suggester=suggester, select_on_focus=False, compact=True)
             now = f"The learning rate is {wording.scientific(self._rate)} now; what is set is its schedule's peak."
             yield Static(Content(now), classes="about")
-            yield Static(Content("Others that can change:"), classes="about")
+            yield Static(Content("Enter changes it, Esc leaves it as it is. Others that can change:"), classes="about")
             others = [key for key in AMENDABLE if key != FIRST]
             yield Static(Content("\n".join(others)), id="others")
 
