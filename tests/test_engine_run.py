@@ -510,15 +510,27 @@ def test_a_disk_that_stays_full_ends_a_run_in_one_line(start: Start) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (ended.state, ended.exit_code) == (State.FAILED, ExitCode.BAD_INPUT)
     assert ended.reason.startswith("enough, but its last checkpoint could not be written") and "\n" not in ended.reason
-    failures = [alarm.text.split(";")[0] for alarm in ride.of(Alarm) if "checkpoint of step" in alarm.text]
-    steps = [text.split()[3] for text in failures]
-    assert steps and len(steps) == len(set(steps)), "each is said once"
     assert ride.events[-1] == ended
     assert "in memory is lost" in ride.of(Alarm)[-1].text
 
     again = start(resume=ride.run, **{"train.steps": 20, "validate.every": 0})
     assert again.end().state is State.FINISHED
     assert again.of(RunOpened)[0].step >= 5
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_once(start: Start) -> None:
+    """At the last step it is tried for the score, by the schedule and for the end."""
+    ride = start(**{"train.steps": 400, "validate.every": 0, "validate.batches": 1, "checkpoint.every": 100})
+    ride.until_step(5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        ended = ride.end()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.exit_code == ExitCode.BAD_INPUT and "could not be written" in ended.reason
+    said = [alarm.text.split(" could")[0] for alarm in ride.of(Alarm) if alarm.text.startswith("checkpoint of")]
+    assert said == [f"checkpoint of step {step}" for step in (100, 200, 300, 400)]
 
 
 @pytest.mark.parametrize("what", ["run", "checkpoint", "folder"])
