@@ -514,6 +514,7 @@ class TestTheSocketItself:
 
     def test_a_moved_run_is_found_where_it_is_now(self, make: Callable[..., Served], tmp_path: Path) -> None:
         run = make().start()
+        hear(run.mailbox, StepCompleted)  # its store is open
         there = RunDirectory(run.run.path.rename(tmp_path / "moved"))
         address = read_address(there)
         assert address is not None and address.path == there.path / "control.sock"
