@@ -44,7 +44,9 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Answer `prompt` with the live weights, token by token, while training goes on; two at once, others wait.
+    """Answer `prompt` token by token, while training goes on; two at once, others wait.
+
+    With the live weights, or with those that the run began with (`base`).
 
     `answer` is chosen by the asker and comes back in every event about this answer. Temperature 0 is greedy.
     """
@@ -55,6 +57,7 @@ class Generate:
     temperature: float = 0.7
     top_p: float = 0.9
     seed: int = 0
+    base: bool = False
 
 
 @dataclass(frozen=True, slots=True)

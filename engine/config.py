@@ -21,7 +21,7 @@ from pydantic import PlainValidator, ValidationError
 from pydantic_core import ErrorDetails
 
 from engine.errors import UserError
-from engine.profile import Section, quantity
+from engine.profile_section import Section, quantity
 
 
 def _command(value: Any) -> str | list[str]:

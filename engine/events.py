@@ -67,6 +67,18 @@ class StateChanged(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingProgress(Event):
+    """How far something is that a run needs before it can train: a download, a base that is pretrained here."""
+
+    kind: ClassVar[str] = "loading"
+    what: str
+    done: float
+    total: float | None
+    unit: str = ""
+    """`bytes`, `steps` or `rows`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepCompleted(Event):
     """One optimizer update. `metrics` are named as in the store (`loss`, `grad_norm`, `learning_rate`, …)."""
 

@@ -14,6 +14,7 @@ from engine.events import (
     AnswerStarted,
     AnswerText,
     Event,
+    LoadingProgress,
     Notice,
     Reading,
     RunEnded,
@@ -25,7 +26,7 @@ from engine.lines import LineWriter
 from engine.store import RunDirectory
 from engine.store_writer import StoreWriter
 
-_NOT_STORED = (StepCompleted, AnswerStarted, AnswerText, AnswerEnded)
+_NOT_STORED = (StepCompleted, LoadingProgress, AnswerStarted, AnswerText, AnswerEnded)
 
 
 class Journal:

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule."""
+"""Optimizers, and the course of the learning rate."""
 
 from __future__ import annotations
 
@@ -28,12 +28,37 @@ class AdamW(optim.AdamW):
         return optim.Adam.apply_single(self, gradient, parameter, state)
 
 
+def make_optimizer(train: Train) -> optim.Optimizer:
+    """What `train.optimizer` names; all but AdamW are MLX's own, which decay vectors too."""
+    rate, betas, decay = train.learning_rate, [train.beta1, train.beta2], train.weight_decay
+    match train.optimizer:
+        case "adamw":
+            return AdamW(train)
+        case "adam":
+            return optim.Adam(rate, betas=betas, bias_correction=True)
+        case "lion":
+            return optim.Lion(rate, betas=betas, weight_decay=decay)
+        case "sgd":
+            return optim.SGD(rate, momentum=train.momentum, weight_decay=decay)
+        case "muon":
+            return optim.Muon(rate, momentum=train.momentum, weight_decay=decay)
+        case "adafactor":
+            return optim.Adafactor(rate, relative_step=False, scale_parameter=False, weight_decay=decay)
+
+
 def learning_rate(train: Train, step: int, total_steps: int) -> float:
     """The learning rate of the update that completes `step` (from 1): linear warm-up, then the schedule's course."""
     if step <= train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
-    if train.schedule == "constant":
-        return train.learning_rate
-    progress = min(1.0, (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps))
+    after = step - train.warmup_steps
+    match train.schedule:
+        case "constant":
+            return train.learning_rate
+        case "exponential":
+            return max(train.learning_rate * train.decay_rate**after, train.final_learning_rate)
+        case "step":
+            times = (after - 1) // train.decay_steps
+            return max(train.learning_rate * train.decay_rate**times, train.final_learning_rate)
+    progress = min(1.0, after / max(1, total_steps - train.warmup_steps))
     falling = 0.5 * (1 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1 - progress
     return train.final_learning_rate + (train.learning_rate - train.final_learning_rate) * falling

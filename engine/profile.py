@@ -3,102 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-def quantity(description: str, *, unit: str = "", **bounds: Any) -> Any:
-    """A field's description, unit and range (`ge`, `gt`, `le`, `lt` as in pydantic)."""
-    return Field(description=description, json_schema_extra={"unit": unit} if unit else None, **bounds)
-
-
-class Section(BaseModel):
-    """A table of a profile: frozen, and closed to names that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python takes true for 1, so `steps = true` would be a run of one step.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("should not be true or false")
-        return value
-
-
-class RetentionModel(Section):
-    """`[model]` of a power-retention language model."""
-
-    init_from: Annotated[
-        str | None, quantity("start from the weights of this run, checkpoint or folder instead of random ones")
-    ] = None
-    width: Annotated[int, quantity("size of the residual stream", ge=8, le=16384)] = 256
-    layers: Annotated[int, quantity("number of blocks", ge=1, le=200)] = 6
-    heads: Annotated[int, quantity("query heads; width / heads is the head size", ge=1, le=256)] = 8
-    kv_heads: Annotated[int | None, quantity("key and value heads; as many as query heads if absent", ge=1)] = None
-    hidden: Annotated[
-        int | None, quantity("inner size of the SwiGLU; 8/3 of the width, rounded up to 64, if absent", ge=8)
-    ] = None
-    vocab_size: Annotated[int, quantity("rows of the (tied) embedding", unit="tokens", ge=257, le=1_000_000)] = 50_257
-    power: Annotated[Literal[1, 2, 4], quantity("exponent of the query-key product")] = 2
-    chunk_size: Annotated[int, quantity("length of a chunk of the chunked form", unit="tokens", ge=16, le=4096)] = 128
-    switch_over: Annotated[
-        int, quantity("up to this length the attention form is used, beyond it the chunked one", unit="tokens", ge=0)
-    ] = 1024
-    rope_theta: Annotated[float, quantity("base of the rotary position embedding", gt=1)] = 10_000.0
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
-        if self.kv_heads is not None and self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
-        if self.power == 4 and self.width // self.heads > 16:
-            raise ValueError(
-                f"power = 4 needs width / heads of at most 16, not {self.width // self.heads}, to generate"
-            )
-        if (self.width // self.heads) % 2:
-            raise ValueError(
-                f"width / heads = {self.width // self.heads} is odd; rotary positions need an even head size"
-            )
-        return self
-
-
-class TextData(Section):
-    """`[data]` of a language model: one source of text, and how it is split and tokenized."""
-
-    builtin: Annotated[
-        Literal["python-docs"] | None,
-        quantity("text that needs no download: the language reference and docstrings that every Python carries"),
-    ] = None
-    files: Annotated[
-        list[str],
-        quantity("text files, .jsonl files with a key `text`, or folders of both; relative to the profile"),
-    ] = []
-    heldout_files: Annotated[list[str], quantity("held-out text as files of its own, instead of a split")] = []
-    split: Annotated[
-        Literal["document", "tail"],
-        quantity("hold out whole documents (chosen by the seed) or the tail of the text; of one document, its tail"),
-    ] = "document"
-    heldout_fraction: Annotated[float, quantity("share of the text that is held out", gt=0, lt=1)] = 0.1
-    tokenizer: Annotated[
-        str,
-        quantity("`bpe` trains a byte-level BPE on the text; otherwise a Hugging Face tokenizer folder"),
-    ] = "bpe"
-
-    @field_validator("files", "heldout_files", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if bool(self.builtin) == bool(self.files):
-            raise ValueError("needs exactly one of builtin and files")
-        if self.builtin and self.heldout_files:
-            raise ValueError(f'builtin = "{self.builtin}" brings its own held-out text; leave heldout_files out')
-        return self
+from engine.profile_lora import Adapter, ChatData, PretrainedModel
+from engine.profile_retention import RetentionModel, TextData
+from engine.profile_section import Section, quantity
 
 
 class Train(Section):
@@ -111,13 +23,25 @@ class Train(Section):
         int, quantity("effective batch of a step, over all ranks", unit="sequences", ge=1, le=10**6)
     ] = 32
     micro_batch_size: Annotated[
-        int | None, quantity("sequences in memory at once on one rank; the whole batch if absent", ge=1)
+        int | Literal["auto"] | None,
+        quantity("sequences in memory at once on one rank; auto: what fits well; the whole batch if absent"),
     ] = None
     sequence_length: Annotated[int, quantity("length of a sequence", unit="tokens", ge=2, le=1_048_576)] = 256
     learning_rate: Annotated[float, quantity("peak of the schedule", gt=0, le=10)] = 1e-3
     final_learning_rate: Annotated[float, quantity("end of the schedule", ge=0, le=10)] = 0.0
     warmup_steps: Annotated[int, quantity("linear rise from zero", unit="steps", ge=0)] = 0
-    schedule: Annotated[Literal["cosine", "linear", "constant"], quantity("course after the warm-up")] = "cosine"
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant", "exponential", "step"], quantity("course after the warm-up")
+    ] = "cosine"
+    decay_rate: Annotated[
+        float, quantity("the schedules exponential (each step) and step multiply the learning rate with it", gt=0, le=1)
+    ] = 0.9
+    decay_steps: Annotated[int, quantity("how often the schedule step does", unit="steps", ge=1)] = 100
+    optimizer: Annotated[
+        Literal["adamw", "adam", "sgd", "muon", "adafactor", "lion"],
+        quantity("what makes an update of a gradient; betas are those of the Adams and of Lion"),
+    ] = "adamw"
+    momentum: Annotated[float, quantity("of SGD and Muon", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, quantity("AdamW's decoupled decay, on matrices only", ge=0, le=10)] = 0.1
     beta1: Annotated[float, quantity("AdamW's decay of the gradient's mean", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, quantity("AdamW's decay of the gradient's square", ge=0, lt=1)] = 0.95
@@ -125,10 +49,23 @@ class Train(Section):
     gradient_checkpointing: Annotated[bool, quantity("recompute each layer in the backward pass to save memory")] = (
         False
     )
+    backward: Annotated[
+        Literal["whole", "layerwise", "auto"],
+        quantity(
+            "whole: one graph, the fastest; layerwise: layer by layer, the least memory; auto: whole where it fits"
+        ),
+    ] = "whole"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         quantity("of the computation; weights are kept in float32. auto: float32 on CPU, bfloat16 on GPU"),
     ] = "auto"
+
+    @field_validator("micro_batch_size", mode="before")
+    @classmethod
+    def _is_a_size(cls, value: Any) -> Any:
+        if value not in (None, "auto") and not (isinstance(value, int) and value >= 1):
+            raise ValueError('should be a whole number of at least 1, or "auto"')
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -137,13 +74,41 @@ class Train(Section):
             raise ValueError(
                 "needs exactly one of steps, epochs and tokens" + (f", has {', '.join(lengths)}" if lengths else "")
             )
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size = {self.micro_batch_size} is larger than batch_size = {self.batch_size}"
-            )
+        if self.at_once is not None and self.at_once > self.batch_size:
+            raise ValueError(f"micro_batch_size = {self.at_once} is larger than batch_size = {self.batch_size}")
         if self.final_learning_rate > self.learning_rate:
             raise ValueError("final_learning_rate is larger than learning_rate")
         return self
+
+    @property
+    def at_once(self) -> int | None:
+        """`micro_batch_size` where it is a number."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else None
+
+
+class LoRATrain(Train):
+    """`[train]` of a fine-tuning: other defaults."""
+
+    micro_batch_size: Annotated[
+        int | Literal["auto"] | None,
+        quantity("sequences in memory at once on one rank; auto: what fits well; the whole batch if absent"),
+    ] = "auto"
+    batch_size: Annotated[
+        int, quantity("effective batch of a step, over all ranks", unit="sequences", ge=1, le=10**6)
+    ] = 16
+    sequence_length: Annotated[
+        int, quantity("longest sequence; longer rows are truncated, and counted", unit="tokens", ge=2, le=1_048_576)
+    ] = 2048
+    learning_rate: Annotated[float, quantity("peak of the schedule", gt=0, le=10)] = 1e-4
+    weight_decay: Annotated[float, quantity("AdamW's decoupled decay, on matrices only", ge=0, le=10)] = 0.01
+    beta2: Annotated[float, quantity("AdamW's decay of the gradient's square", ge=0, lt=1)] = 0.999
+    gradient_checkpointing: Annotated[bool, quantity("recompute each layer in the backward pass to save memory")] = True
+    backward: Annotated[
+        Literal["whole", "layerwise", "auto"],
+        quantity(
+            "whole: one graph, the fastest; layerwise: layer by layer, the least memory; auto: whole where it fits"
+        ),
+    ] = "auto"
 
 
 class Validate(Section):
@@ -282,13 +247,49 @@ class Host(Section):
 class Profile(Section):
     """A whole run. The kind decides which file of engine/tasks/ runs it."""
 
-    kind: Annotated[Literal["retention-lm"], quantity("what is trained")]
+    kind: Annotated[str, quantity("what is trained")]
     description: Annotated[str, quantity("one line that says what it is for")] = ""
     seed: Annotated[int, quantity("of weights, order of data and dropout", ge=0, lt=2**31)] = 0
-    model: RetentionModel = RetentionModel()
-    data: TextData
     train: Train
     validation: Annotated[Validate, Field(alias="validate")] = Validate()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     host: Host = Host()
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        if value not in KINDS:
+            raise ValueError(f"should be {' or '.join(map(repr, KINDS))}")
+        return value
+
+
+class RetentionProfile(Profile):
+    """Pretraining of a power-retention language model."""
+
+    kind: Annotated[Literal["retention-lm"], quantity("what is trained")]
+    model: RetentionModel = RetentionModel()
+    data: TextData
+
+
+class LoRAProfile(Profile):
+    """Fine-tuning of a pretrained language model."""
+
+    kind: Annotated[Literal["lora"], quantity("what is trained")]
+    model: PretrainedModel
+    adapter: Adapter = Adapter()
+    data: ChatData
+    train: LoRATrain
+
+
+KINDS: Mapping[str, type[Profile]] = {"retention-lm": RetentionProfile, "lora": LoRAProfile}
+
+
+def profile_class(table: Mapping[str, Any]) -> type[Profile]:
+    """The kind of profile that a table is; one of the first kind where it names none that is known."""
+    return KINDS.get(str(table.get("kind")), RetentionProfile)
+
+
+def parse_profile(table: Mapping[str, Any]) -> Profile:
+    """The profile in a plain table. Raises pydantic's `ValidationError`."""
+    return profile_class(table).model_validate(table)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from engine.errors import UserError
-from engine.profile import Profile
+from engine.profile import Profile, parse_profile, profile_class
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def load_profile(name_or_path: str, overrides: Iterable[str] = ()) -> Profile:
 def validate_profile(table: Mapping[str, Any], where: str) -> Profile:
     """The profile in a plain table, as TOML or run.json gives it; `where` is named in the error."""
     try:
-        return Profile.model_validate(table)
+        return parse_profile(table)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{where}: {_describe(problems[0])}{more}") from None
+        raise UserError(f"{where}: {_describe(problems[0], profile_class(table))}{more}") from None
 
 
 def with_override(profile: Profile, override: str) -> Profile:
@@ -137,7 +137,11 @@ def _read_table(path: Path) -> dict[str, Any]:
     return _with_absolute_paths(table, path.parent)
 
 
-_ALTERNATIVES = {"train": ("steps", "epochs", "tokens"), "data": ("builtin", "files")}
+_ALTERNATIVES = {
+    "train": ("steps", "epochs", "tokens"),
+    "data": ("builtin", "files", "dataset"),
+    "model": ("builtin", "init_from"),
+}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -183,15 +187,17 @@ def _with_absolute_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     resolved = dict(table)
     if isinstance(data := table.get("data"), dict):
         resolved["data"] = data = dict(data)
-        for key in ("files", "heldout_files"):
+        for key in ("files", "heldout_files", "chat_template"):
             if key in data:
                 data[key] = (
                     [absolute(name) for name in data[key]] if isinstance(data[key], list) else absolute(data[key])
                 )
         if data.get("tokenizer", "bpe") != "bpe":
             data["tokenizer"] = absolute(data["tokenizer"])
-    if isinstance(model := table.get("model"), dict) and str(model.get("init_from", "")).startswith((".", "~")):
-        resolved["model"] = {**model, "init_from": absolute(model["init_from"])}  # anything else may name a run
+    for section in ("model", "adapter"):
+        content = table.get(section)
+        if isinstance(content, dict) and str(content.get("init_from", "")).startswith((".", "~")):
+            resolved[section] = {**content, "init_from": absolute(content["init_from"])}  # else it may name a run
     return resolved
 
 
@@ -204,11 +210,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
 
 
-def _describe(problem: ErrorDetails) -> str:
+def _describe(problem: ErrorDetails, kind: type[Profile]) -> str:
     location = problem["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     if problem["type"] == "extra_forbidden":
-        return f"{key or repr(key)} is not known; {_nearest_key(location)}"
+        return f"{key or repr(key)} is not known; {_nearest_key(location, kind)}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     value = problem["input"]
@@ -242,26 +248,26 @@ def _as_toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _nearest_key(location: tuple[int | str, ...]) -> str:
+def _nearest_key(location: tuple[int | str, ...], kind: type[Profile]) -> str:
     """Where an unknown key probably belongs: the same name in another table, or a name beside it that is like it."""
-    name, siblings = str(location[-1]), _names_at(location[:-1])
-    for table in _tables():
-        if name in _names_at(table):
+    name, siblings = str(location[-1]), _names_at(location[:-1], kind)
+    for table in _tables((), kind):
+        if name in _names_at(table, kind):
             return f"did you mean '{'.'.join([*table, name])}'?"
     return _nearest(name, siblings)
 
 
-def _tables(above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _tables(above: tuple[str, ...], kind: type[Profile]) -> Iterator[tuple[str, ...]]:
     """All tables of a profile, outer ones first: ("guard",), ("guard", "memory") …"""
-    for name in _names_at(above):
-        if _names_at((*above, name)):
+    for name in _names_at(above, kind):
+        if _names_at((*above, name), kind):
             yield (*above, name)
-            yield from _tables((*above, name))
+            yield from _tables((*above, name), kind)
 
 
-def _names_at(location: tuple[int | str, ...]) -> list[str]:
+def _names_at(location: tuple[int | str, ...], kind: type[Profile]) -> list[str]:
     """The keys of a table; none where the location is a value."""
-    model: Any = Profile
+    model: Any = kind
     for part in location:
         fields = {field.alias or name: field for name, field in model.model_fields.items()}
         model = fields[str(part)].annotation

@@ -221,7 +221,7 @@ class Trainer:
     @property
     def _micro_batch_size(self) -> int:
         share = self._profile.train.batch_size // self._ranks.size
-        return min(self._settings.train.micro_batch_size or share, share)
+        return min(self._settings.train.at_once or share, share)
 
     def _rate(self, step: int) -> float:
         rate = learning_rate(self._amendments.at(step).train, step, self._total_steps)
@@ -407,7 +407,7 @@ class Trainer:
     def _heldout_examples(self) -> int | None:
         """So many whatever the micro-batch has shrunk to, as otherwise scores could not be compared."""
         train = self._profile.train
-        return self._settings.validation.batches * (train.micro_batch_size or train.batch_size) or None
+        return self._settings.validation.batches * (train.at_once or train.batch_size) or None
 
     def _checkpoint(self) -> bool:
         if not self._ranks.chief:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.backend import mx, scalar
-from engine.optimizer import AdamW
+from engine.optimizer import make_optimizer
 from engine.profile import Train
 from engine.ranks import Ranks
 from engine.tasks import Batch, Task
@@ -43,7 +43,7 @@ class Update:
 
     def __init__(self, task: Task, train: Train, ranks: Ranks, dtype: mx.Dtype, compiled: bool) -> None:
         self.parameters: Any = task.model.trainable_parameters()
-        self.optimizer = AdamW(train)
+        self.optimizer = make_optimizer(train)
         self.optimizer.init(self.parameters)
         self._task, self._train, self._ranks, self._dtype = task, train, ranks, dtype
         self._sums: tuple[mx.array, Any] | None = None
@@ -117,7 +117,7 @@ class Update:
         self.intact = False
         self.parameters = parameters
         if optimizer_state is None:
-            self.optimizer = AdamW(self._train)
+            self.optimizer = make_optimizer(self._train)
             self.optimizer.init(parameters)
         else:
             self.optimizer.state = tree_unflatten(list(optimizer_state.items()))

@@ -15,6 +15,7 @@ from engine.events import (
     AnswerStarted,
     AnswerText,
     Event,
+    LoadingProgress,
     Reading,
     RunOpened,
     StateChanged,
@@ -47,11 +48,11 @@ class Present:
         if isinstance(event, RunOpened):  # it may have gone back: what was measured beyond is of no account now
             kept = (item for item in self._said if not (isinstance(item[1], Validated) and item[1].step > event.step))
             self._said = deque(kept, maxlen=EVENTS_KEPT)
-        if isinstance(event, StepCompleted | Reading | StateChanged | RunOpened):
+        if isinstance(event, StepCompleted | Reading | LoadingProgress | StateChanged | RunOpened):
             self._newest[type(event)] = (self._count, event)
         if isinstance(event, Alarm) and StepCompleted in self._newest:
             self._said.append(self._newest[StepCompleted])  # an alarm is marked at its step
-        if not isinstance(event, StepCompleted | Reading):
+        if not isinstance(event, StepCompleted | Reading | LoadingProgress):
             self._said.append((self._count, event))
         return self._count
 
@@ -88,7 +89,7 @@ class Watcher:
                 return
             if isinstance(event, AnswerEnded):
                 self.answers.discard(event.answer)
-        passing = isinstance(event, StepCompleted | Reading)
+        passing = isinstance(event, StepCompleted | Reading | LoadingProgress)
         self._queue(line, passing)
         self._passing += passing
         if self._passing > 2 * _STEPS_WAITING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.commands import Command, Generate
 from engine.errors import ExitCode, UserError
-from engine.events import Alarm, AnswerEnded, Event, Reading, RunEnded, State, StepCompleted
+from engine.events import Alarm, AnswerEnded, Event, LoadingProgress, Reading, RunEnded, State, StepCompleted
 from engine.host.mlx_variables import set_mlx_variables
 from engine.journal import Journal
 from engine.profile import Profile
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.ranks import Ranks
 
 _KEPT = 4096
-_FREQUENT = (StepCompleted, Reading)
+_FREQUENT = (StepCompleted, Reading, LoadingProgress)
 
 
 class Mailbox:

@@ -25,7 +25,7 @@ from engine.data.text import gzip_bits_per_byte, read_corpus
 from engine.data.text_dataset import TextDataset, load_text_data
 from engine.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from engine.errors import UserError
-from engine.profile import TextData
+from engine.profile_retention import TextData
 
 TOPICS = [topics[key] for key in sorted(topics)][:30]
 BPE = train_bpe(TOPICS, 600)

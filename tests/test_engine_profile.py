@@ -157,7 +157,15 @@ class TestOverrides:
             ("train.learning_rate=nan", "train.learning_rate = nan: should be a finite number"),
             ("train.learning_rate=[1]", "train.learning_rate = [1]: should be a number"),
             ("train.gradient_checkpointing=5", "train.gradient_checkpointing = 5: should be true or false"),
-            ("train.schedule=step", "train.schedule = 'step': should be 'cosine', 'linear' or 'constant'"),
+            (
+                "train.schedule=sine",
+                "train.schedule = 'sine': should be 'cosine', 'linear', 'constant', 'exponential' or 'step'",
+            ),
+            (
+                "train.micro_batch_size=some",
+                "train.micro_batch_size = 'some': should be a whole number of at least 1, or \"auto\"",
+            ),
+            ("kind=retention", "kind = 'retention': should be 'retention-lm' or 'lora'"),
             ("train=5", "train = 5: should be a table"),
             ("data.files=5", "data.files = 5: should be a list"),
             ('data.files=["a", 5]', "data.files[1] = 5: should be a string"),
@@ -173,7 +181,6 @@ class TestOverrides:
                 "guard.memory.patience=5",
                 "guard.memory.patience is not known; did you mean 'guard.early_stopping.patience'?",
             ),
-            ("kind=lora", "kind = 'lora': should be 'retention-lm'"),
         ],
     )
     def test_what_is_wrong_and_what_would_be_right(self, tmp_path: Path, override: str, expected: str) -> None:

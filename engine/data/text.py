@@ -17,7 +17,7 @@ import numpy as np
 from engine.data.python_docs import fingerprint as python_docs_fingerprint
 from engine.data.python_docs import python_docs
 from engine.errors import UserError
-from engine.profile import TextData
+from engine.profile_retention import TextData
 
 FOLDER_SUFFIXES = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".csv", ".py", ".jsonl"})
 """What is taken from a folder. A file that is named itself may have any suffix; .jsonl is rows, all else plain text."""

@@ -20,7 +20,7 @@ from engine.data.packing import PackedSequences, open_stream, text_bytes, write_
 from engine.data.text import Corpus, gzip_bits_per_byte, read_corpus, source_digest
 from engine.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from engine.errors import UserError
-from engine.profile import TextData
+from engine.profile_retention import TextData
 
 _FORMAT = 1
 _META = "meta.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.profile import Profile
 
@@ -55,6 +55,9 @@ class Demand(Protocol):
     def moments(self, profile: Profile, setting: Setting) -> list[Moment]:
         """The moments of a step that may be its peak."""
 
+    def shape(self, profile: Profile) -> tuple[Any, ...]:
+        """What the time of a step depends on beside `[train]`."""
+
     def operations(self, profile: Profile) -> float:
         """Floating-point operations of a whole step, a product and its sum counted as two."""
 
@@ -70,7 +73,7 @@ def demand_of(profile: Profile) -> Demand:
 def micro_batch(profile: Profile, ranks: int = 1) -> int:
     """Sequences in memory at once on one rank."""
     share = max(1, profile.train.batch_size // ranks)
-    return min(profile.train.micro_batch_size or share, share)
+    return min(profile.train.at_once or share, share)
 
 
 def micro_batches(profile: Profile, ranks: int = 1) -> int:

@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.host.mlx_variables import set_mlx_variables
 from engine.planning import micro_batch, micro_batches
 from engine.planning.pace import remember
-from engine.profile import Profile
+from engine.profile import Profile, parse_profile
 
 _KILLED = (-signal.SIGKILL, -signal.SIGSEGV)
 """How a process ends that asked for too much: by the kernel, or where an address limit refuses it memory."""
@@ -121,5 +121,5 @@ def _process_peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    measured = _take_steps(Profile.model_validate(json.load(sys.stdin)), float(sys.argv[1]))
+    measured = _take_steps(parse_profile(json.load(sys.stdin)), float(sys.argv[1]))
     print(json.dumps(asdict(measured)))  # noqa: T201

@@ -160,15 +160,16 @@ def _machine(environment: Mapping[str, Any]) -> list[Any]:
 
 def _shape(profile: Profile) -> tuple[Any, ...]:
     """What the time of a step depends on, on this number of ranks."""
-    train, model = profile.train, profile.model.model_dump(exclude={"init_from", "rope_theta"})
+    train = profile.train
     size = (
         train.batch_size,
         micro_batch(profile, ranks_launched()),
         train.sequence_length,
         train.gradient_checkpointing,
+        train.backward,
         train.dtype,
     )
-    return (profile.kind, *model.values(), *size)
+    return (profile.kind, *demand_of(profile).shape(profile), *size)
 
 
 def _total_steps(profile: Profile) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from engine.backend import mx
 from engine.models.retention_lm import RetentionLM
-from engine.profile import Profile
+from engine.profile import Profile, RetentionProfile
 from engine.tasks import Batch
 from engine.tasks.retention_lm import RetentionLMTask, model_config
 
@@ -14,7 +14,7 @@ from engine.tasks.retention_lm import RetentionLMTask, model_config
 class RetentionLMRehearsal(RetentionLMTask):
     """Begins with random weights, also where a run would borrow some."""
 
-    def __init__(self, profile: Profile) -> None:  # not its parent's, which reads the text
+    def __init__(self, profile: RetentionProfile) -> None:  # not its parent's, which reads the text
         self._profile = profile
         self._borrowed = None
         self._config = model_config(profile.model)
@@ -31,4 +31,5 @@ class RetentionLMRehearsal(RetentionLMTask):
 
 def rehearsal(profile: Profile) -> RetentionLMRehearsal:
     """The task of a profile's kind, with random data."""
+    assert isinstance(profile, RetentionProfile)
     return RetentionLMRehearsal(profile)

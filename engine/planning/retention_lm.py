@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from engine.models.retention_lm import RetentionLMConfig
 from engine.ops.losses import LOGITS_AT_ONCE
@@ -36,7 +37,8 @@ from engine.planning import (
     micro_batches,
 )
 from engine.planning.in_flight import BUFFERS, arrays_read, buffer_numbers, in_flight_bytes
-from engine.profile import Profile
+from engine.profile import Profile, RetentionProfile
+from engine.profile_retention import RetentionModel
 
 _BLOCK = 32
 """Tokens of a block of the attention form, as in `engine.ops.power_retention`."""
@@ -167,6 +169,11 @@ def moments(profile: Profile, setting: Setting) -> list[Moment]:
     ]
 
 
+def shape(profile: Profile) -> tuple[Any, ...]:
+    """What the time of a step depends on beside `[train]`."""
+    return tuple(_model(profile).model_dump(exclude={"init_from", "rope_theta"}).values())
+
+
 def operations(profile: Profile) -> float:
     """Products of a step, forward (once more with gradient checkpointing) and backward, which is twice as much."""
     shape, train = _shape(profile), profile.train
@@ -257,8 +264,13 @@ def _moment(name: str, always: dict[str, float], now: dict[str, float]) -> Momen
 
 
 def _shape(profile: Profile) -> RetentionLMConfig:
-    model = profile.model
+    model = _model(profile)
     return RetentionLMConfig(**{name: getattr(model, name) for name in RetentionLMConfig.__dataclass_fields__})
+
+
+def _model(profile: Profile) -> RetentionModel:
+    assert isinstance(profile, RetentionProfile)
+    return profile.model
 
 
 def _hidden(shape: RetentionLMConfig) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from engine.backend import mx
 from engine.commands import Generate
-from engine.profile import Profile
+from engine.profile import LoRAProfile, Profile, RetentionProfile
 
 import mlx.nn as nn
 
@@ -71,6 +71,14 @@ class Task(Protocol):
 
 def make_task(profile: Profile, runs_folder: Path, checkpoint: Path | None = None) -> Task:
     """Loads what a profile's kind needs: data, tokenizer, model. `checkpoint` is the folder of one to resume from."""
-    from engine.tasks.retention_lm import RetentionLMTask  # a kind's imports are paid for when it is run
+    # A kind's imports are paid for when it is run.
+    match profile:
+        case RetentionProfile():
+            from engine.tasks.retention_lm import RetentionLMTask
 
-    return RetentionLMTask(profile, runs_folder, checkpoint)
+            return RetentionLMTask(profile, runs_folder, checkpoint)
+        case LoRAProfile():
+            from engine.tasks.lora import LoRATask
+
+            return LoRATask(profile, runs_folder, checkpoint)
+    raise AssertionError(f"no task for {profile.kind}")

@@ -18,7 +18,8 @@ from engine.errors import UserError
 from engine.generate import generate
 from engine.models.retention_lm import RetentionLM, RetentionLMConfig
 from engine.ops.losses import linear_cross_entropy_sum
-from engine.profile import Profile, RetentionModel
+from engine.profile import RetentionProfile
+from engine.profile_retention import RetentionModel
 from engine.store import RunDirectory
 from engine.tasks import Batch
 
@@ -31,7 +32,7 @@ _PARTS = {"embedding": "embedding", "retention": "retention", "gate": "retention
 class RetentionLMTask:
     """See `engine.tasks.Task`."""
 
-    def __init__(self, profile: Profile, runs_folder: Path, checkpoint: Path | None = None) -> None:
+    def __init__(self, profile: RetentionProfile, runs_folder: Path, checkpoint: Path | None = None) -> None:
         self._profile, self._train = profile, profile.train
         self._dtype = compute_dtype(profile.train.dtype)
         self._borrowed, data, init_from = None, profile.data, profile.model.init_from

@@ -10,7 +10,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from engine.events import State
-from engine.profile import Profile
+from engine.profile import LoRAProfile, Profile, RetentionProfile
 from engine.report import INTERRUPTED
 from engine.runs import DAMAGED
 from engine.store import RunSummary
@@ -94,15 +94,14 @@ def state_colour(state: str) -> str:
 
 
 def _profile_facts(profile: Profile) -> list[Fact]:
-    train, model, data = profile.train, profile.model, profile.data
+    train = profile.train
     length = (
         ("steps", f"{train.steps:,}") if train.steps else
         ("epochs", f"{train.epochs:g}") if train.epochs else ("steps", "as many as its tokens need")
     )  # fmt: skip
     step_tokens = train.batch_size * train.sequence_length
     tokens = train.tokens or (train.steps or 0) * step_tokens
-    micro = f", {train.micro_batch_size:,} at once" if train.micro_batch_size else ""
-    source = data.builtin or ", ".join(name.rpartition("/")[2] for name in data.files)
+    micro = f", {train.at_once:,} at once" if train.at_once else ""
     return [
         length,
         ("tokens", wording.thousands(tokens) if tokens else wording.MISSING),
@@ -110,13 +109,35 @@ def _profile_facts(profile: Profile) -> list[Fact]:
         ("sequence length", f"{train.sequence_length:,} tokens"),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
         ("warm-up", f"{train.warmup_steps:,} steps"),
-        ("width", f"{model.width:,}"),
-        ("layers", f"{model.layers}"),
-        ("heads", f"{model.heads} of {model.width // model.heads}"),
-        ("vocabulary", f"{model.vocab_size:,}"),
-        ("text", source),
+        *_kind_facts(profile),
         ("checkpoint", f"every {profile.checkpoint.every:,} steps" if profile.checkpoint.every else "by time"),
     ]
+
+
+def _kind_facts(profile: Profile) -> list[Fact]:
+    match profile:
+        case RetentionProfile(model=model, data=data):
+            return [
+                ("width", f"{model.width:,}"),
+                ("layers", f"{model.layers}"),
+                ("heads", f"{model.heads} of {model.width // model.heads}"),
+                ("vocabulary", f"{model.vocab_size:,}"),
+                ("text", data.builtin or _last_parts(data.files)),
+            ]
+        case LoRAProfile(model=base, adapter=adapter, data=rows):
+            learned = f"rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}"
+            return [
+                ("base", base.builtin or base.init_from or wording.MISSING),
+                ("quantized", f"to {base.quantize_bits} bits when loaded" if base.quantize_bits else "as it comes"),
+                ("method", adapter.method + (f": {learned}" if adapter.method != "full" else ": all weights")),
+                ("targets", ", ".join(adapter.targets)),
+                ("rows", rows.builtin or rows.dataset or _last_parts(rows.files)),
+            ]
+    return []
+
+
+def _last_parts(names: Iterable[str]) -> str:
+    return ", ".join(name.rpartition("/")[2] for name in names)
 
 
 def _table(facts: Iterable[Fact]) -> list[Content]:
