@@ -259,7 +259,7 @@ class Profile(Section):
     @field_validator("kind", mode="before")
     @classmethod
     def _is_known(cls, value: Any) -> Any:
-        if value not in KINDS:
+        if not isinstance(value, str) or value not in KINDS:
             raise ValueError(f"should be {' or '.join(map(repr, KINDS))}")
         return value
 
