@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from ride import Ride, Start
+from tiny_llama import write_tiny_llama
 
 import engine.backend  # noqa: F401  (the fast BLAS must be loaded before anything imports MLX)
 from engine.commands import Stop
@@ -91,6 +92,12 @@ def tiny(tmp_path: Path) -> Path:
 def shared_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a tiny profile, for what the tests of a module share."""
     return write_tiny(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama as a Hugging Face folder, to be read only; `write_tiny_llama` makes others."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture
