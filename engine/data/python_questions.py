@@ -20,7 +20,7 @@ operator os os.path pathlib pickle platform pprint queue random re reprlib sched
 signal socket sqlite3 stat statistics string struct subprocess tarfile tempfile textwrap threading time timeit tokenize
 trace traceback types typing unicodedata unittest urllib.parse urllib.request uuid weakref xml.etree.ElementTree zipfile
 zlib
-""".split()  # neither sys nor warnings: programs put functions of their own there
+"""  # neither sys nor warnings: programs put functions of their own there
 _QUESTIONS = (
     "What does {name} do?",
     "What is {name} for?",
@@ -33,7 +33,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 def python_questions() -> list[dict[str, Any]]:
-    """Rows with `messages`: a question about a name, and `In short: <first sentence of its docstring> See help(<name>).`
+    """Rows with `messages`: a question about a name, answered `In short: <its docstring's first sentence> See help(…).`
 
     The names are the builtins, modules of the standard library, their public functions and classes, and the methods of
     those. The same in every process of a Python, and in a fixed order. No name and no sentence comes twice, so held-out
@@ -58,7 +58,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 def _names() -> Iterator[tuple[str, Any]]:
     yield from _members("", builtins)
-    for module_name in _MODULES:
+    for module_name in _MODULES.split():
         try:
             module = importlib.import_module(module_name)
         except ImportError:  # not every Python is built with every one
