@@ -6,6 +6,7 @@ import builtins
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def python_questions() -> list[dict[str, Any]]:
     seen: set[str] = set()
     for name, thing in _names():
         sentence = _first_sentence(name, thing)
-        if name in seen or sentence is None or sentence in seen:
+        if name in seen or sentence is None or sentence in seen or _may_differ(name, thing):
             continue
         seen |= {name, sentence}
         question = _QUESTIONS[len(rows) % len(_QUESTIONS)].format(name=name)
@@ -70,7 +71,7 @@ def _names() -> Iterator[tuple[str, Any]]:
 def _members(prefix: str, module: Any) -> Iterator[tuple[str, Any]]:
     for name in sorted(getattr(module, "__all__", vars(module))):
         thing = getattr(module, name, None)
-        if name.startswith("_") or inspect.ismodule(thing) or not callable(thing) or _may_be_replaced(name, thing):
+        if name.startswith("_") or inspect.ismodule(thing) or not callable(thing):
             continue
         yield f"{prefix}{name}", thing
         if inspect.isclass(thing):
@@ -78,9 +79,10 @@ def _members(prefix: str, module: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{prefix}{name}.{method}", getattr(thing, method)) for method in methods)
 
 
-def _may_be_replaced(name: str, thing: Any) -> bool:
-    """Hooks, and what `site` puts among the builtins (exit, quit, license): not the same in every process."""
-    return name.endswith("hook") or type(thing).__module__ == "_sitebuiltins"
+def _may_differ(name: str, thing: Any) -> bool:
+    """Hooks, what `site` puts among the builtins (exit, license), and what libraries add: not so in every process."""
+    home = str(getattr(thing, "__module__", None) or "builtins").partition(".")[0]
+    return name.endswith("hook") or type(thing).__module__ == "_sitebuiltins" or home not in sys.stdlib_module_names
 
 
 def _first_sentence(name: str, thing: Any) -> str | None:
