@@ -1,8 +1,8 @@
-"""Sampling for any model that predicts tokens from a state of constant size."""
+"""Sampling for any model that predicts tokens from a state: one of constant size, or caches that grow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 from engine.backend import mx, scalar
@@ -27,15 +27,14 @@ def generate(
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int = 0,
-    end_of_text: int | None = None,
+    ends: Collection[int] = (),
     vocabulary: int | None = None,
 ) -> Iterator[int | None]:
     """Tokens that follow a prompt, one a call; None for each piece of the prompt that was read before the first.
 
-    Temperature 0 takes the likeliest token. Ends after `max_tokens`, or before `end_of_text`, which is not given out.
+    Temperature 0 takes the likeliest token. Ends after `max_tokens`, or before one of `ends`, which is not given out.
     Ids from `vocabulary` on are never given out: a tokenizer may fill fewer rows than the model has.
-    Every token takes the same time and memory, whatever the context. Draws from keys of its own, never from MLX's
-    global random state. Raises `ValueError` for an empty prompt.
+    Draws from keys of its own, never from MLX's global random state. Raises `ValueError` for an empty prompt.
     """
     if not prompt:
         raise ValueError("the prompt is empty: at least one token is needed to begin with")
@@ -48,7 +47,7 @@ def generate(
     for made in range(max_tokens):
         key, now = mx.random.split(key)
         token = int(scalar(sample(logits[0, :vocabulary], temperature, top_p, now)))
-        if token == end_of_text:
+        if token in ends:
             return
         yield token
         if made + 1 < max_tokens:

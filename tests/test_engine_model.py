@@ -280,7 +280,7 @@ def test_generation_reads_in_pieces_and_stops_where_it_should(model: RetentionLM
     made = list(generate(model, [1] * 150, max_tokens=4, temperature=0))
     assert made[:3] == [None] * 3 and len(made) == 7
     end = made[3]
-    assert list(generate(model, [1] * 150, max_tokens=4, temperature=0, end_of_text=end)) == [None] * 3
+    assert list(generate(model, [1] * 150, max_tokens=4, temperature=0, ends={end})) == [None] * 3
     drawn = generate(model, [1], max_tokens=200, temperature=9.0, top_p=1.0, vocabulary=10)
     assert {token for token in drawn if token is not None} == set(range(10))
     with pytest.raises(ValueError, match="prompt is empty"):

@@ -131,7 +131,7 @@ def speak(model: RetentionLM, tokenizer: Any, ask: Generate) -> Iterator[str | N
         temperature=ask.temperature,
         top_p=ask.top_p,
         seed=ask.seed,
-        end_of_text=tokenizer.end_of_text,
+        ends={tokenizer.end_of_text},
         vocabulary=tokenizer.vocab_size,
     ):
         yield None if token is None else text.push(token)
