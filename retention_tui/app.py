@@ -18,7 +18,7 @@ from retention_tui.screens.quit import Question
 from retention_tui.screens.run import RunScreen
 from retention_tui.session import Session
 
-_WIDGETS = ("chart", "chat", "details", "happening", "header", "keybar", "log", "monitor", "plan")
+_WIDGETS = ("chart", "chat", "details", "happening", "header", "keybar", "log", "monitor", "plan", "sampling", "turn")
 _SCREENS = ("help", "launcher", "quit", "run", "setting")
 
 

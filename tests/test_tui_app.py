@@ -327,7 +327,7 @@ async def test_a_chat_streams_while_training_goes_on_and_an_answer_can_be_cancel
         await until(pilot, lambda: step_shown(app) > 0)
         await pause(pilot)
         await pilot.press("2", *"c [b]s")
-        assert app.screen.query_one(Input).value == "c [b]s"  # keys that steer the run are letters here
+        assert app.screen.query_one("#prompt", Input).value == "c [b]s"  # keys that steer the run are letters here
         await click(pilot, "#key-pause")
         await pilot.press("enter")
         await until(pilot, lambda: "Esc cancels" in seen(app))

@@ -35,12 +35,12 @@ class RetentionLMTask:
     def __init__(self, profile: RetentionProfile, runs_folder: Path, checkpoint: Path | None = None) -> None:
         self._profile, self._train = profile, profile.train
         self._dtype = compute_dtype(profile.train.dtype)
-        self._borrowed, data, init_from = None, profile.data, profile.model.init_from
+        self._runs_folder, data, init_from = runs_folder, profile.data, profile.model.init_from
         self.borrowed_weights = init_from is not None
         if init_from is not None:
-            self._borrowed = checkpoint or _find_weights(init_from, runs_folder)
+            borrowed = checkpoint or _find_weights(init_from, runs_folder)
             if data.tokenizer == "bpe":  # weights only mean something with the tokenizer that they were trained with
-                data = data.model_copy(update={"tokenizer": str(self._borrowed)})
+                data = data.model_copy(update={"tokenizer": str(borrowed)})
         dataset = load_text_data(data, profile.model.vocab_size, self._train.sequence_length, profile.seed)
         self._tokenizer, self._sequences, self._heldout = dataset.tokenizer, dataset.train, dataset.heldout
         self.data_digest = dataset.digest
@@ -89,8 +89,8 @@ class RetentionLMTask:
         return next((part for word, part in _PARTS.items() if word in parameter.split(".")), "norm")
 
     def initial_parameters(self) -> Any:
-        if self._borrowed is not None:
-            return self.load(self._borrowed)
+        if (init_from := self._profile.model.init_from) is not None:
+            return self.load(_find_weights(init_from, self._runs_folder))
         mx.random.seed(self._profile.seed)
         return RetentionLM(self._config).trainable_parameters()
 

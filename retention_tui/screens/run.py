@@ -65,6 +65,14 @@ class RunScreen(Screen[None]):
         Binding("2", "tab('chat')", "Chat", show=False, tooltip="Talk with the model"),
         Binding("3", "tab('log')", "Log", show=False, tooltip="Show what happened"),
         Binding("4", "tab('plan')", "Plan", show=False, tooltip="Show what it needs, predicted and measured"),
+        Binding(
+            "ctrl+t",
+            "weights",
+            "Weights",
+            show=False,
+            key_display="Ctrl+T",
+            tooltip="Chat with the live weights, with the base, or with both",
+        ),
         Binding("slash", "app.command_palette", "Commands", key_display="/", id="commands", tooltip="All commands"),
         Binding("question_mark", "help", "Help", key_display="?", id="help", tooltip="Keys and charts"),
         Binding("q", "quit", "Quit", id="quit", tooltip="Stop and quit, or leave the screen"),
@@ -141,6 +149,8 @@ class RunScreen(Screen[None]):
     def _take(self, event: Event) -> None:
         match event:
             case RunOpened() | Reconnected():
+                if isinstance(event, RunOpened):
+                    self.query_one(Chat).suit(event.task)
                 self._load_past()
             case RunEnded() | ConnectionLost():
                 self.query_one(Chat).close()
@@ -305,6 +315,13 @@ class RunScreen(Screen[None]):
         self.query_one(TabbedContent).active = tab
         if tab == "chat":
             self.query_one(Chat).focus_input()
+
+    def action_weights(self) -> None:
+        """The chat asks other weights; where it is not seen, it is shown first."""
+        if self._shown_tab == "chat":
+            self.query_one(Chat).next_weights()
+        else:
+            self.action_tab("chat")
 
     def action_read_alarms(self) -> None:
         """Counts all alarms as read; where there are several, the log shows them."""
