@@ -82,12 +82,13 @@ class Answers:
     def _base_weights(self) -> Any:
         """Those of step 0. The random state stays as it was: a micro-batch may be under way."""
         if self._base is None:
-            random_state = mx.array(mx.random.state[0])
+            state: Any = mx.random.state
+            random_state = mx.array(state[0])
             try:
                 self._base = self._task.initial_parameters()
                 mx.eval(self._base)
             finally:
-                mx.random.state[0][...] = random_state
+                state[0][...] = random_state
         return self._base
 
     def _advance(self, answer: str) -> None:

@@ -33,7 +33,7 @@ class Journal:
     """Owned by the worker thread. Without a run (a rank that only computes) it keeps silent."""
 
     def __init__(self, run: RunDirectory | None, publish: Callable[[Event], None]) -> None:
-        self._publish = publish
+        self._publish, self._run = publish, run
         self._store = StoreWriter(run) if run else None
         self._log = _open_log(run.log_path) if run else None
         self._lines = LineWriter(with_clock=True)
@@ -49,6 +49,11 @@ class Journal:
     def stored(self) -> bool:
         """False while something still waits for the store."""
         return self._store_problem is None
+
+    @property
+    def _is_new(self) -> bool:
+        """Whether nothing of the run has begun yet, now or earlier."""
+        return not (self.attempt or self._run is None or self._run.checkpoints_path.exists() or self._run.attempts())
 
     def begin_attempt(self, from_step: int, total_steps: int, newest_known: int) -> int:
         """Opens an attempt; one that is under way ends with it, as the run goes back to `from_step`."""
@@ -88,6 +93,8 @@ class Journal:
     def end(self, event: RunEnded) -> None:
         """Stores how the attempt ended and closes: nothing can be said any more. The event itself is not published."""
         if self._store is not None:
+            if event.state is State.STOPPED and self._is_new:
+                self._store.begin_attempt(0, 0)  # it was stopped before it could begin; lists of runs say so
             if self._store.attempt:
                 self._store.set_state(event.state, event.reason)
             self._store.record_event(event)

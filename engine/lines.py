@@ -10,6 +10,7 @@ from engine.events import (
     Alarm,
     CheckpointSaved,
     Event,
+    LoadingProgress,
     Notice,
     RunEnded,
     RunOpened,
@@ -20,6 +21,8 @@ from engine.events import (
 )
 
 STEPS_A_LINE = 10
+LOADING_A_LINE_SECONDS, LOADING_A_LINE_SHARE = 10.0, 0.1
+"""What takes long before a run trains has a line at its beginning and its end, and when so much has passed."""
 
 
 class LineWriter:
@@ -28,6 +31,7 @@ class LineWriter:
     def __init__(self, with_clock: bool = False) -> None:
         self._with_clock = with_clock
         self._steps: list[StepCompleted] = []
+        self._loading: LoadingProgress | None = None
 
     def lines(self, event: Event) -> list[str]:
         """The lines that are due after this event, often none."""
@@ -36,6 +40,10 @@ class LineWriter:
             self._steps.append(event)
             if (len(self._steps) == 1 and event.step == 1) or event.step % STEPS_A_LINE == 0:
                 texts.append(self._gathered())
+        elif isinstance(event, LoadingProgress):
+            if self._is_news(event):
+                self._loading = event
+                texts.append(_how_far(event))
         elif (text := describe(event)) is not None:
             if self._steps and isinstance(event, Validated | RunEnded):
                 texts.append(self._gathered())
@@ -46,6 +54,15 @@ class LineWriter:
             return texts
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
         return [f"{clock}  {text}" for text in texts]
+
+    def _is_news(self, event: LoadingProgress) -> bool:
+        last = self._loading
+        if last is None or last.what != event.what:
+            return True
+        if event.time - last.time >= LOADING_A_LINE_SECONDS:
+            return True
+        due = last.done + LOADING_A_LINE_SHARE * event.total if event.total else math.inf
+        return last.done < event.done and event.done >= min(due, event.total or math.inf)
 
     def _gathered(self) -> str:
         steps, self._steps = self._steps, []
@@ -92,6 +109,16 @@ _WORDS = {"val_loss": "Val loss", "val_perplexity": "Val perplexity", "val_bits_
 
 def _named(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{_WORDS.get(name, name)} {value:.3f}" for name, value in metrics.items())
+
+
+def _how_far(event: LoadingProgress) -> str:
+    """`downloading …: 1.21 of 3.09 GB (39 %)`."""
+    unit, scale, decimals = (" GB", 1e9, 2) if event.unit == "bytes" else (f" {event.unit}".rstrip(), 1, 0)
+    done = f"{event.done / scale:,.{decimals}f}"
+    if event.total is None:
+        return f"{event.what}: {done}{unit}" if event.unit else event.what
+    percent = f" ({event.done / event.total:.0%})".replace("%", " %") if event.total else ""
+    return f"{event.what}: {done} of {event.total / scale:,.{decimals}f}{unit}{percent}"
 
 
 def _mean(steps: list[StepCompleted], metric: str) -> float:

@@ -13,7 +13,7 @@ _TOLD_EVERY_SECONDS = 0.25
 
 
 class Interrupted(Exception):
-    """The run shall end before it has begun."""
+    """The run shall end before it has begun: why, and what it was at, in words."""
 
 
 class Loading:
@@ -27,18 +27,23 @@ class Loading:
     ) -> None:
         self._say, self._inbox = say, inbox
         self._heard: list[Command] = []
+        self._what = ""
         self._told: tuple[str, float] = ("", 0.0)
 
     def progress(self, what: str, done: float, total: float | None, unit: str = "") -> None:
         """Tells how far something is, four times a second at most; `unit` is `bytes`, `steps` or `rows`.
 
+        `what` says it as in `loading: downloading Qwen2.5-1.5B`.
         Raises `Interrupted` where the run was asked to end.
         """
+        self._what = what
         self.listen()
         now = time.monotonic()
         if what != self._told[0] or now - self._told[1] >= _TOLD_EVERY_SECONDS or done == total:
             self._told = (what, now)
             self._say(LoadingProgress(what=what, done=done, total=total, unit=unit))
+        if done == total:
+            self._what = ""
 
     def tell(self, text: str) -> None:
         self._say(Notice(text=text))
@@ -57,7 +62,7 @@ class Loading:
             pass
         for command in self._heard:
             if isinstance(command, Stop):
-                raise Interrupted(command.reason)
+                raise Interrupted(f"{command.reason} while {self._what}" if self._what else command.reason)
 
     def heard(self) -> list[Command]:
         """What was asked for meanwhile, once."""

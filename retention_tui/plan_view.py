@@ -45,6 +45,9 @@ MOMENTS = {
     "loss": "the loss, at the end of the forward pass",
     "backward, last layer": "the backward pass, at its beginning (the last layer)",
     "backward, first layer": "the backward pass, at its end (the first layer)",
+    "backward, a layer": "the backward pass, in a layer",
+    "backward, attention": "the backward pass, in a layer's attention",
+    "backward, mlp": "the backward pass, in a layer's MLP",
     "update": "the update of the weights",
 }
 """What the moments of a step are called."""
@@ -73,7 +76,7 @@ def print_plan(
     if measured:
         if made.level is Level.RED:  # to try it would take down whatever else runs here
             raise UserError(f"{made.verdict}; so it is not measured")
-        figures = measure(profile)
+        figures = measure(made.profile)
         timing = replace(
             made.timing, seconds_a_step=figures.seconds_a_step, source="measured", samples=figures.steps
         )  # fmt: skip
@@ -88,27 +91,47 @@ def print_plan(
 
 def lines(table: Table) -> list[str]:
     """The whole plan, for a terminal or a file."""
+    if not table["components"]:
+        return [f"{name:<12} {said}" for name, said in facts(table)]
     measured: Table = table.get("measured", {})
     told = [f"{'':<26}{'predicted':>11}" + (f"{'measured':>11}" if measured else "")]
     told += [_row(NAMES[name], size, measured.get(_MEASURED.get(name, ""))) for name, size in shares(table)]
     beside = len([name for name, _ in shares(table) if name in _BESIDE_MLX])
     told.insert(len(told) - beside, _row("MLX's peak", table["predicted_peak_bytes"], measured.get("peak_bytes")))
     told.append(_row("all of the process", table["need_bytes"], measured.get("process_peak_bytes")))
-    told += [f"({moment_words(table)})", "", *(f"{name:<12} {said}" for name, said in facts(table))]
+    told += [f"({moment_words(table)})", ""]
+    if table["savings"]:
+        told += [
+            f"{'saved':<26}{'':>11}",
+            *(f"{name:<26}{saved:>11}  {words}" for name, saved, words in savings(table)),
+            "",
+        ]
+    return [*told, *(f"{name:<12} {said}" for name, said in facts(table))]
+
+
+def savings(table: Table) -> list[tuple[str, str, str]]:
+    """What each measure against memory saves, or would save: its name, a size, and what it is instead of."""
+    told = []
+    for saving in table["savings"]:
+        saved = wording.size(saving["bytes"])
+        told.append((saving["name"], saved if saving["taken"] else f"({saved})", saving["words"]))
     return told
 
 
 def facts(table: Table, time_said: str = "") -> list[tuple[str, str]]:
     """Verdict, time and what else there is to say, each with its name; `time_said` is what is known better of time."""
     size, alternatives = wording.size, table["activations"]
-    other = "without" if alternatives["gradient_checkpointing"] else "with"
-    others = size(alternatives[f"{other}_gradient_checkpointing"])
     told = [
         ("memory", f"{dot(table['verdict'])} {_verdict(table)}"),
         ("time", time_said or time_words(table["time"])),
         ("step", step_words(table)),
-        ("activations", f"of a micro-batch, {other} gradient checkpointing: {others}"),
     ]
+    if table["components"] and table["backward"] == "whole":
+        other = "without" if alternatives["gradient_checkpointing"] else "with"
+        others = size(alternatives[f"{other}_gradient_checkpointing"])
+        told.append(("activations", f"of a micro-batch, {other} gradient checkpointing: {others}"))
+    if table["download_bytes"]:
+        told.append(("download", f"about {size(table['download_bytes'])}: the base is not here yet"))
     for index, suggestion in enumerate(table["suggestions"]):
         saved = f"saves {size(suggestion['saving_bytes'])}: {size(suggestion['need_bytes'])} in all"
         told.append(("or" if index else "what fits", f"{suggestion['options']}"))
@@ -137,10 +160,11 @@ def shares(table: Table) -> list[tuple[str, int]]:
 
 
 def step_words(table: Table) -> str:
-    """`4 micro-batches of 8 sequences`."""
+    """`4 micro-batches of 8 sequences, layer by layer`."""
     parts, at_once = table["accumulation"], table["micro_batch_size"]
     sequences = f"{at_once:,} sequence" + ("s" if at_once != 1 else "")
-    return f"{sequences} at once" if parts == 1 else f"{parts:,} micro-batches of {sequences}"
+    way = ", layer by layer" if table["backward"] == "layerwise" else ""
+    return f"{sequences} at once{way}" if parts == 1 else f"{parts:,} micro-batches of {sequences}{way}"
 
 
 def time_words(timing: Table) -> str:

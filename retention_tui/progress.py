@@ -14,6 +14,7 @@ from engine.events import (
     Alarm,
     CheckpointSaved,
     Event,
+    LoadingProgress,
     Notice,
     Reading,
     RunEnded,
@@ -28,6 +29,7 @@ from engine.wire import WireError, read_event
 from retention_tui import wording
 from retention_tui.client import ConnectionLost, Reconnected
 from retention_tui.history import Series, Smoother
+from retention_tui.loading import LoadingPace
 from retention_tui.marks import MARKS_KEPT, Mark, MarkKind, gone_back
 
 CHARTED = (
@@ -82,6 +84,8 @@ class Progress:
         self.lost = ""
         """Where nothing more will be heard of the run, though it has not said its end: the word for that."""
         self.state = State.LOADING
+        self.loading: LoadingPace | None = None
+        """While it cannot train yet: how far that is, once it was told."""
         self.reason = ""
         self.step = 0
         self.total_steps = 0
@@ -172,7 +176,7 @@ class Progress:
         self.began = min(self.began, event.time)
         match event:
             case RunOpened():
-                self.opened, self.ended = event, None
+                self.opened, self.ended, self.loading = event, None, None
                 self._waiting = []  # until the history is there
                 self._forget_beyond(event.step)
                 self.step, self.total_steps = event.step, event.total_steps
@@ -180,6 +184,7 @@ class Progress:
                 self._note(event.time, Weight.PLAIN, f"{event.run} {where}")
             case StateChanged():
                 self.state, self.reason = event.state, event.reason
+                self.loading = self.loading if event.state is State.LOADING else None
                 if event.reason or event.state not in _USUAL:
                     said = f"{event.state}: {event.reason}" if event.reason else event.state
                     self._note(event.time, Weight.PLAIN, said)
@@ -187,8 +192,8 @@ class Progress:
                 self._step(event)
             case Validated():
                 self._validated(event)
-            case Reading():
-                self.reading = event
+            case Reading() | LoadingProgress():
+                self._glance(event)
             case CheckpointSaved():
                 self.marks.append(Mark(event.step, MarkKind.CHECKPOINT))
                 said = f"checkpoint of step {event.step:,} saved: {wording.size(event.size_bytes)}"
@@ -201,6 +206,7 @@ class Progress:
                 self._note(event.time, Weight.PLAIN, event.text)
             case RunEnded():
                 self.ended, self.state, self.reason = event, event.state, event.reason
+                self.loading = None
                 self.remaining_seconds = None
                 weight = Weight.CRITICAL if event.state is State.FAILED else Weight.GOOD
                 reason = f": {event.reason}" if event.reason else ""
@@ -226,6 +232,13 @@ class Progress:
         else:
             self.lost, self.reason, self.remaining_seconds = event.word, "", None
             self._expect_reader(self._note(event.time, Weight.CRITICAL, event.text))
+
+    def _glance(self, event: Reading | LoadingProgress) -> None:
+        if isinstance(event, Reading):
+            self.reading = event
+        else:
+            self.loading = self.loading or LoadingPace()
+            self.loading.take(event)
 
     def _step(self, event: StepCompleted) -> None:
         self.step, self.total_steps = event.step, event.total_steps

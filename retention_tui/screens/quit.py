@@ -27,6 +27,7 @@ class Choice:
 STOP = Choice("stop", "s", "Stop and quit", "write a checkpoint, then end; resuming goes on from there, exactly")
 DETACH = Choice("detach", "l", "Leave the screen", "training goes on without it, in this terminal, to its end")
 STOP_ONLY = Choice("stop", "s", "Stop", "write a checkpoint, then end; it can be resumed, exactly")
+END_LOADING = Choice("stop", "s", "Stop", "end it now; nothing was trained yet, and it can be started again")
 CANCEL = Choice("cancel", "Esc", "Cancel", "go back; nothing happens")
 WAIT = Choice("cancel", "Esc", "Wait", "the app ends by itself once the checkpoint is written")
 LEAVE_NOW = Choice("detach", "l", "Leave the screen now", "the checkpoint is still written, without the screen")
@@ -75,5 +76,7 @@ class QuitQuestion(Question):
 
 
 class StopQuestion(Question):
-    def __init__(self, run: str) -> None:
-        super().__init__(f"Stop {run}?", (STOP_ONLY, CANCEL))
+    """Stop the run, or stay; while it is not ready to train there is nothing to save."""
+
+    def __init__(self, run: str, *, loading: bool = False) -> None:
+        super().__init__(f"Stop {run}?", (END_LOADING if loading else STOP_ONLY, CANCEL))

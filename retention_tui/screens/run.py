@@ -15,7 +15,18 @@ from textual.worker import get_current_worker
 
 from engine.commands import Checkpoint, Command, Pause, Resume, Stop, Validate
 from engine.errors import UserError
-from engine.events import Alarm, AnswerEnded, AnswerText, Event, Reading, RunEnded, RunOpened, State, StepCompleted
+from engine.events import (
+    Alarm,
+    AnswerEnded,
+    AnswerText,
+    Event,
+    LoadingProgress,
+    Reading,
+    RunEnded,
+    RunOpened,
+    State,
+    StepCompleted,
+)
 from engine.profile_files import validate_profile
 from retention_tui.client import Client, ConnectionLost, Reconnected
 from retention_tui.foresight import ask_for_plan
@@ -57,6 +68,7 @@ class RunScreen(Screen[None]):
         Binding("v", "validate", "Validate", id="validate", tooltip="Measure the held-out loss now"),
         Binding("l", "set", "Set", id="set", tooltip="Change the learning rate, or another setting"),
         Binding("s", "stop", "Stop", id="stop", tooltip="End the run with a checkpoint"),
+        Binding("escape", "give_up", "Stop", show=False, key_display="Esc", tooltip="Stop what is still being loaded"),
         Binding("b", "background", "Background", id="background", tooltip="Go on in a process of its own"),
         Binding("n", "next_chart", "Chart", id="next", tooltip="Make the next chart the large one"),
         Binding("z", "zoom", "Zoom", id="zoom", tooltip="Show the large chart alone, or all of them"),
@@ -128,7 +140,7 @@ class RunScreen(Screen[None]):
                 self._apply(event)
         if any(isinstance(event, AnswerText | AnswerEnded) for event in events):
             self.query_one(Chat).show_answers()
-        if any(not isinstance(event, StepCompleted | AnswerText | Reading) for event in events):
+        if any(not isinstance(event, StepCompleted | AnswerText | Reading | LoadingProgress) for event in events):
             self._show_all()
 
     def _show_all(self) -> None:
@@ -220,10 +232,17 @@ class RunScreen(Screen[None]):
         return self._move is not None and self._client.here
 
     @property
+    def _is_loading(self) -> bool:
+        """Whether nothing can have been trained yet."""
+        return self._progress.state is State.LOADING and self._progress.opened is None
+
+    @property
     def _stopping(self) -> bool:
         return self._progress.state is State.STOPPING
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "give_up":
+            return self._is_loading and self.check_action("stop", ()) and not self._stopping
         if action == "background":
             return self._can_move and not self._progress.over and not self._stopping
         return not (action in STEERING and (self._progress.over or self._client.looks_only))
@@ -257,7 +276,10 @@ class RunScreen(Screen[None]):
             if choice == "stop":
                 self._stop()
 
-        self.app.push_screen(StopQuestion(self._client.run.name), answered)
+        self.app.push_screen(StopQuestion(self._client.run.name, loading=self._is_loading), answered)
+
+    def action_give_up(self) -> None:
+        self.action_stop()
 
     @work
     async def action_background(self) -> None:
@@ -369,7 +391,8 @@ class RunScreen(Screen[None]):
 
     def _stop(self) -> None:
         """Asks the run to end. Its own word for it may take until the end of the micro-batch."""
-        self._ask(Stop(), "stopping: a checkpoint is written after this micro-batch")
+        after = "" if self._is_loading else ": a checkpoint is written after this micro-batch"
+        self._ask(Stop(), f"stopping{after}")
         self._expect_stop()
 
     def _expect_stop(self) -> None:

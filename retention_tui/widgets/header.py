@@ -54,11 +54,12 @@ class RunHeader(Widget):
         if width < 64:
             lines = self._small(width)
         elif height >= 4:
-            lines = [self._title(width), self._bar(width), *self._table(width)]
+            lines = [self._title(width), self._bar(width), *(self._loading(width) or self._table(width))]
             if self._watched:
                 lines.append(machine_line(self._progress, width))
         else:
-            lines = [self._title(width), self._bar(width), self._row(width)]
+            loading = [Content("   ").join(self._loading(width))] if self._progress.loading else []
+            lines = [self._title(width), self._bar(width), *(loading or [self._row(width)])]
         return Content("\n").join(line.truncate(width, ellipsis=True) for line in lines[:height])
 
     # One line each
@@ -70,6 +71,8 @@ class RunHeader(Widget):
         loss, reading = self._loss(), self._progress.reading
         if reading is not None and reading.level not in (None, Level.GREEN) and not self._progress.over:
             loss += Content("  ") + pressure(reading, with_cause=False)
+        if progress.loading:
+            return [state, *self._loading(width)[:1], self._bar(width), *self._loading(width)[1:]]
         return [state, Content(step), self._bar(width), loss, self._ends()]
 
     def _title(self, width: int) -> Content:
@@ -123,12 +126,25 @@ class RunHeader(Widget):
             return Content.styled("paused", "$warning")
         return Content(f"ends {wording.clock(time.time() + remaining)}")
 
+    def _loading(self, width: int) -> list[Content]:
+        """What is being made ready, and how far and how fast; nothing while a run trains."""
+        loading = self._progress.loading
+        if loading is None:
+            return []
+        left = loading.seconds_left
+        parts = [loading.amount, loading.rate, f"{wording.duration(left)} left" if left is not None else ""]
+        said = Content.styled(" · ", FAINT).join(Content(part) for part in parts if part)
+        return [Content.styled(loading.what, "bold").truncate(width, ellipsis=True), said]
+
     def _bar(self, width: int) -> Content:
-        percent = f" {int(self._progress.fraction * 100):>3} %"
+        loading, fraction = self._progress.loading, self._progress.fraction
+        if loading is not None:
+            fraction = loading.fraction or 0.0
+        percent = f" {int(fraction * 100):>3} %"
         room = max(1, width - len(percent))
-        halves = round(self._progress.fraction * room * 2)
+        halves = round(fraction * room * 2)
         done = "━" * (halves // 2) + ("╸" if halves % 2 else "")
-        colour = self._colour if self._progress.step else FAINT
+        colour = "$primary" if loading else self._colour if self._progress.step else FAINT
         return Content.assemble((done, colour), ("─" * (room - len(done)), "$foreground 20%"), percent)
 
     # The numbers
@@ -160,6 +176,8 @@ class RunHeader(Widget):
             figure("cache", wording.size(metrics.get("cache_memory_bytes")), 8),
             figure("process", wording.size(metrics.get("process_memory_bytes")), 8),
         ]
+        share = metrics.get("real_token_share")  # the rest is padding
+        real = [figure("real tokens", f"{share:.0%}".replace("%", " %"), 11)] if share is not None else []
         best = Content.styled(wording.number(progress.best_val_loss), "bold")
         if progress.best_step is not None:
             best += Content.styled(f" at {progress.best_step:,}", FAINT)
@@ -171,6 +189,7 @@ class RunHeader(Widget):
             figure("learning rate", wording.scientific(metrics.get("learning_rate")), 13),
             figure("it/s", wording.number(metrics.get("steps_per_second"), 2), 5),
             figure("tokens/s", wording.thousands(metrics.get("tokens_per_second")), 8),
+            *real,
             *([] if self._watched else memory),  # else the machine's line has them
         ]
 
