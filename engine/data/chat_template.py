@@ -1,0 +1,94 @@
+"""A tokenizer's chat template: messages become the text that the model has learned to go on from."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from engine.data.conversations import Conversation
+from engine.errors import UserError
+
+_A_DAY = datetime(2024, 7, 26)  # what Llama 3's own template falls back to
+
+
+def use_template(tokenizer: Any, path: str | None) -> None:
+    """Gives mlx-lm's tokenizer the template of a file (`data.chat_template`), instead of its own where it has one.
+
+    Raises `UserError` for a file that is missing or not UTF-8 text.
+    """
+    if path is None:
+        return
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"data.chat_template: {path}: {reason}") from None
+    tokenizer.chat_template = template
+    tokenizer.has_chat_template = True
+    tokenizer._chat_template = None  # one of mlx-lm's own, written in Python
+
+
+class ChatTemplate:
+    """The template of mlx-lm's tokenizer, with a clear line where it refuses a conversation.
+
+    A template that writes today's date is given one day of its own: else the same rows would be others tomorrow.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.has_chat_template:
+            raise UserError(
+                "data: the tokenizer has no chat template, which messages need; give one as a file in "
+                'data.chat_template, or rows of plain text and data.format = "text"'
+            )
+        self._apply = tokenizer.apply_chat_template
+        dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None) or "")
+        self._given = {"strftime_now": _A_DAY.strftime} if dated else {}
+
+    def render(self, conversation: Conversation, upto: int | None = None, *, asking: bool = False) -> str:
+        """The text of the first `upto` messages, of all by default.
+
+        `asking` adds what an answer begins with. Raises `UserError` with file and line.
+        """
+        try:
+            return self._apply(
+                conversation.messages[:upto],
+                tools=conversation.tools,
+                add_generation_prompt=asking,
+                tokenize=False,
+                **self._given,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"data: the chat template is not valid Jinja: line {error.lineno}: {error}") from None
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+            raise UserError(f"{conversation.origin}: the chat template refuses it: {error}") from None
+
+    def around(self, conversation: Conversation, whole: str, place: int) -> tuple[str, str]:
+        """The text before the answer that is message `place`, and the text up to its end.
+
+        The first is the template's prompt for an answer, as far as the whole conversation goes on so too. Raises
+        `UserError` where the template writes a part of a conversation otherwise than the whole.
+        """
+        last = place == len(conversation.messages) - 1
+        end = whole if last else self.render(conversation, place + 1)
+        before = self.render(conversation, place, asking=True)
+        if not whole.startswith(before):  # a prompt may hold more, such as the beginning of a thought
+            bare = self.render(conversation, place)
+            before = _common(whole, before) if whole.startswith(bare) else ""
+        if not before or not whole.startswith(end):
+            raise UserError(
+                f"{conversation.origin}: the chat template writes the messages up to answer {place + 1} otherwise than "
+                "in the whole conversation, so that answer cannot be told apart; "
+                f'set data.loss_on = "{"all" if last else "last-answer"}"'
+            )
+        return before, end
+
+
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return one[:place]
+    return min(one, other, key=len)
