@@ -55,6 +55,8 @@ class RunOpened(Event):
     step: int
     total_steps: int
     attempt: int
+    trained_parameters: int | None = None
+    """Those of `parameters` that are trained; None where an older release did not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,15 @@ class StepCompleted(Event):
     metrics: Mapping[str, float]
     elapsed_seconds: float
     remaining_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryHeld(Event):
+    """What the arrays that a run keeps take, counted at its first step: by the names of a plan's components."""
+
+    kind: ClassVar[str] = "memory"
+    step: int
+    held_bytes: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,12 +113,15 @@ def _named(metrics: Mapping[str, float]) -> str:
 
 def _how_far(event: LoadingProgress) -> str:
     """`downloading …: 1.21 of 3.09 GB (39 %)`."""
-    unit, scale, decimals = (" GB", 1e9, 2) if event.unit == "bytes" else (f" {event.unit}".rstrip(), 1, 0)
+    unit, scale, decimals = event.unit, 1.0, 0
+    if unit == "bytes":
+        large = (event.total or event.done) >= 1e8
+        unit, scale, decimals = ("GB", 1e9, 2) if large else ("MB", 1e6, 0)
     done = f"{event.done / scale:,.{decimals}f}"
-    if event.total is None:
-        return f"{event.what}: {done}{unit}" if event.unit else event.what
-    percent = f" ({event.done / event.total:.0%})".replace("%", " %") if event.total else ""
-    return f"{event.what}: {done} of {event.total / scale:,.{decimals}f}{unit}{percent}"
+    if not event.total:
+        return f"{event.what}: {done} {unit}" if unit else event.what
+    percent = round(100 * event.done / event.total)
+    return f"{event.what}: {done} of {event.total / scale:,.{decimals}f} {unit} ({percent} %)"
 
 
 def _mean(steps: list[StepCompleted], metric: str) -> float:

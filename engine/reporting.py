@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Any
 
 from engine.backend import memory_bytes
-from engine.events import StepCompleted
+from engine.events import MemoryHeld, StepCompleted
 from engine.journal import Journal
-from engine.update import Gradient
+from engine.planning import FROZEN, GRADIENTS, OPTIMIZER, TRAINED
+from engine.update import Gradient, Update
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 _WINDOW_STEPS = 100
 
@@ -64,3 +69,21 @@ class Reporter:
                 remaining_seconds=left * sum(self._seconds) / len(self._seconds),
             )
         )
+
+    def tell_memory(self, step: int, model: nn.Module, update: Update, gradient: Gradient) -> None:
+        """What they keep; once, after the first step."""
+        if len(self._seconds) != 1:
+            return
+        trained = dict(tree_flatten(model.trainable_parameters()))
+        frozen = [array for name, array in tree_flatten(model.parameters()) if name not in trained]
+        held = {
+            FROZEN: sum(array.nbytes for array in frozen),
+            TRAINED: _bytes(update.parameters),
+            GRADIENTS: _bytes(gradient.sums),
+            OPTIMIZER: _bytes(update.optimizer.state),
+        }
+        self._journal.say(MemoryHeld(step=step, held_bytes={name: float(size) for name, size in held.items()}))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))

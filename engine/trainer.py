@@ -376,6 +376,7 @@ class Trainer:
             progress.elapsed_seconds,
             self._attendant.paused_seconds(),
         )
+        self._reporter.tell_memory(progress.step, self._task.model, self._update, gradient)
 
     def _validate(self, on_schedule: bool = False) -> None:
         """Measures the held-out loss of the last completed step, once; a stop cuts it short."""

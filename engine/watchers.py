@@ -16,6 +16,7 @@ from engine.events import (
     AnswerText,
     Event,
     LoadingProgress,
+    MemoryHeld,
     Reading,
     RunOpened,
     StateChanged,
@@ -26,6 +27,8 @@ from engine.wire import LONGEST_COMMAND_BYTES, Lines
 
 EVENTS_KEPT = 200
 """What was said of late and a watcher that comes late is told; what came before, it finds in the store."""
+_STANDING = (StepCompleted, Reading, LoadingProgress, MemoryHeld, StateChanged, RunOpened)
+"""Of these the newest is told, however long ago it was."""
 _GREETING_SECONDS = 10.0
 _STALL_SECONDS = 60.0
 _STEPS_WAITING = 2048
@@ -48,7 +51,7 @@ class Present:
         if isinstance(event, RunOpened):  # it may have gone back: what was measured beyond is of no account now
             kept = (item for item in self._said if not (isinstance(item[1], Validated) and item[1].step > event.step))
             self._said = deque(kept, maxlen=EVENTS_KEPT)
-        if isinstance(event, StepCompleted | Reading | LoadingProgress | StateChanged | RunOpened):
+        if isinstance(event, _STANDING):
             self._newest[type(event)] = (self._count, event)
         if isinstance(event, Alarm) and StepCompleted in self._newest:
             self._said.append(self._newest[StepCompleted])  # an alarm is marked at its step

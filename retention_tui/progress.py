@@ -15,6 +15,7 @@ from engine.events import (
     CheckpointSaved,
     Event,
     LoadingProgress,
+    MemoryHeld,
     Notice,
     Reading,
     RunEnded,
@@ -92,8 +93,12 @@ class Progress:
         self.elapsed_seconds: float | None = None
         self.remaining_seconds: float | None = None
         self.metrics: dict[str, float] = {}
+        self.held_bytes: Mapping[str, float] = {}
+        """What weights, gradients and optimizer take, by the names that a plan has for them; empty before a step."""
         self.reading: Reading | None = None
         """The newest look at the machine; None where it is not watched."""
+        self.pads = False
+        """Whether some of the tokens that were computed were padding."""
         self.marks: deque[Mark] = deque(maxlen=MARKS_KEPT)
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
@@ -192,7 +197,7 @@ class Progress:
                 self._step(event)
             case Validated():
                 self._validated(event)
-            case Reading() | LoadingProgress():
+            case Reading() | MemoryHeld() | LoadingProgress():
                 self._glance(event)
             case CheckpointSaved():
                 self.marks.append(Mark(event.step, MarkKind.CHECKPOINT))
@@ -233,9 +238,11 @@ class Progress:
             self.lost, self.reason, self.remaining_seconds = event.word, "", None
             self._expect_reader(self._note(event.time, Weight.CRITICAL, event.text))
 
-    def _glance(self, event: Reading | LoadingProgress) -> None:
+    def _glance(self, event: Reading | MemoryHeld | LoadingProgress) -> None:
         if isinstance(event, Reading):
             self.reading = event
+        elif isinstance(event, MemoryHeld):
+            self.held_bytes = event.held_bytes
         else:
             self.loading = self.loading or LoadingPace()
             self.loading.take(event)
@@ -244,6 +251,7 @@ class Progress:
         self.step, self.total_steps = event.step, event.total_steps
         self.elapsed_seconds, self.remaining_seconds = event.elapsed_seconds, event.remaining_seconds
         self.metrics.update(event.metrics)
+        self.pads = self.pads or event.metrics.get("real_token_share", 1.0) < 1
         if (loss := event.metrics.get("loss")) is not None:
             self._quick.add(loss)
             self._slow.add(loss)

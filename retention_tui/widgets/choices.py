@@ -20,8 +20,8 @@ from retention_tui.theme import FAINT
 from retention_tui.widgets.details import state_colour
 
 CHOOSE = "Start it, resume it, or watch it"
-KINDS = {"retention-lm": "language models"}
-"""What the kinds of runs are called in the list; an unknown one is called what it is."""
+KINDS = {"retention-lm": "language", "lora": "LoRA"}
+"""What the kinds of runs are called in the list, in its order; an unknown one is called what it is, and comes last."""
 _BESIDE_NAME, _LOSS_WIDTH, _SHORTEST_NAME = 9, 7, 8
 
 
@@ -83,8 +83,12 @@ def _profile_options(profiles: Sequence[ProfileFile]) -> list[Option]:
     def group(profile: ProfileFile) -> str:
         return "your own" if profile.own else KINDS.get(profile.kind, profile.kind)
 
+    def place(profile: ProfileFile) -> tuple[bool, int, str]:
+        kinds = [*KINDS, profile.kind]
+        return profile.own, 0 if profile.own else kinds.index(profile.kind), group(profile)
+
     options: list[Option] = []
-    for name, members in groupby(sorted(profiles, key=lambda profile: profile.own), key=group):
+    for name, members in groupby(sorted(profiles, key=place), key=group):
         options.append(_heading(name, first=not options))
         options += [Option(Content(f"  {profile.name}"), id=f"profile:{profile.name}") for profile in members]
     return options

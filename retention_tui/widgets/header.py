@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from textual.content import Content
 from textual.widget import Widget
 
-from engine.events import Level, State
+from engine.events import Level, RunOpened, State
 from retention_tui import wording
 from retention_tui.progress import Progress, Trend
 from retention_tui.theme import FAINT
@@ -58,8 +58,7 @@ class RunHeader(Widget):
             if self._watched:
                 lines.append(machine_line(self._progress, width))
         else:
-            loading = [Content("   ").join(self._loading(width))] if self._progress.loading else []
-            lines = [self._title(width), self._bar(width), *(loading or [self._row(width)])]
+            lines = [self._title(width), self._bar(width), self._loading_row(width) or self._row(width)]
         return Content("\n").join(line.truncate(width, ellipsis=True) for line in lines[:height])
 
     # One line each
@@ -85,7 +84,7 @@ class RunHeader(Widget):
         if progress.over:
             left += Content.styled(f" · {progress.reason}" if progress.reason else "", FAINT)
             opened = None
-        about = [opened.task, f"{wording.thousands(opened.parameters)} parameters", opened.device] if opened else []
+        about = [opened.task, _parameters(opened), opened.device] if opened else []
         for part in about:
             more = left + Content.styled(f" · {part}", FAINT)
             if more.cell_length + right.cell_length + 3 > width:
@@ -136,6 +135,13 @@ class RunHeader(Widget):
         said = Content.styled(" · ", FAINT).join(Content(part) for part in parts if part)
         return [Content.styled(loading.what, "bold").truncate(width, ellipsis=True), said]
 
+    def _loading_row(self, width: int) -> Content:
+        """The same in one line."""
+        if not self._progress.loading:
+            return Content()
+        what, said = self._loading(width)
+        return what.truncate(max(1, width - said.cell_length - 3), ellipsis=True) + "   " + said
+
     def _bar(self, width: int) -> Content:
         loading, fraction = self._progress.loading, self._progress.fraction
         if loading is not None:
@@ -176,8 +182,8 @@ class RunHeader(Widget):
             figure("cache", wording.size(metrics.get("cache_memory_bytes")), 8),
             figure("process", wording.size(metrics.get("process_memory_bytes")), 8),
         ]
-        share = metrics.get("real_token_share")  # the rest is padding
-        real = [figure("real tokens", f"{share:.0%}".replace("%", " %"), 11)] if share is not None else []
+        share = metrics.get("real_token_share", 1.0)  # the rest is padding
+        real = [figure("real tokens", f"{share:.0%}".replace("%", " %"), 11)] if progress.pads else []
         best = Content.styled(wording.number(progress.best_val_loss), "bold")
         if progress.best_step is not None:
             best += Content.styled(f" at {progress.best_step:,}", FAINT)
@@ -228,3 +234,9 @@ class RunHeader(Widget):
             if line.cell_length + extra.cell_length <= width:
                 line += extra
         return line
+
+
+def _parameters(opened: RunOpened) -> str:
+    """`0.9 M parameters`, or `37 M of 1.6 B parameters trained`."""
+    trained, said = opened.trained_parameters, f"{wording.thousands(opened.parameters)} parameters"
+    return said if trained in (None, opened.parameters) else f"{wording.thousands(trained)} of {said} trained"

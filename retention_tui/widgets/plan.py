@@ -11,7 +11,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from retention_tui import wording
-from retention_tui.plan_view import NAMES, Table, dot, facts, moment_words, shares, time_words
+from retention_tui.plan_view import NAMES, Table, dot, facts, moment_words, shares, step_words, time_words
 from retention_tui.progress import Progress
 from retention_tui.theme import FAINT
 
@@ -31,8 +31,11 @@ _MEASURED = {
     "MLX's peak": "peak_memory_bytes",
     "all of the process": "process_memory_bytes",
 }
-"""The lines of a plan that a run measures, and its metrics."""
-_BAR_WIDTH, _LEGEND_LINES = 60, 2
+"""The lines of a plan that every step measures, and its metrics; others are told once (`Progress.held_bytes`)."""
+_TOTALS = {"MLX's peak": "predicted_peak_bytes", "all of the process": "need_bytes"}
+_BAR_WIDTH, _LEGEND_LINES, _SHARE_WIDTH = 60, 2, 40
+_TOO_LITTLE = 1.1
+"""Beyond this times what was predicted, a plan was wrong in the direction that hurts."""
 _INDENT = 8
 
 
@@ -85,12 +88,15 @@ class PlanPage(VerticalScroll):
     def show_progress(self) -> None:
         """Sets what the run has taken so far beside the plan."""
         if self._table is not None:
-            self.query_one("#plan-page", Static).update(Content("\n").join(page(self._table, self._progress)))
+            lines = page(self._table, self._progress, self.scrollable_content_region.width)
+            self.query_one("#plan-page", Static).update(Content("\n").join(lines))
 
 
 def summary(table: Table, width: int) -> list[Content]:
     """The lines of the launcher, for a width in columns."""
     level, bound = table["verdict"], table["tightest"]
+    if not table["components"]:
+        return [Content.assemble(("memory  ", FAINT), _indented(table["sentence"], width).lstrip())]
     need = _need_of(bound["need_bytes"], bound["limit_bytes"]) if bound else wording.size(table["need_bytes"])
     verdict = (f"{dot(level)} {_LEVEL_WORDS[level]}", LEVEL_COLOURS[level])
     lines = [Content.assemble(("memory  ", FAINT), f"{need}  ", verdict), *_bar(table, width)]
@@ -98,26 +104,45 @@ def summary(table: Table, width: int) -> list[Content]:
         lines.append(Content.styled(_indented(table["reason"], width), LEVEL_COLOURS[level]))
     if table["suggestions"]:
         lines.append(Content(_indented(f"fits with {', '.join(table['suggestions'][0]['settings'])}", width)))
-    said = _indented(time_words(table["time"]), width).lstrip()
-    return [*lines, Content.assemble(("time    ", FAINT), said)]
+    told = [("step", step_words(table)), ("time", time_words(table["time"]))]
+    if table.get("download_bytes"):
+        told.append(("base", f"needs a download of about {wording.size(table['download_bytes'])}"))
+    return [*lines, *(Content.assemble((f"{name:<8}", FAINT), _indented(said, width).lstrip()) for name, said in told)]
 
 
-def page(table: Table, progress: Progress) -> list[Content]:
-    """The lines of a run's page."""
-    metrics = progress.metrics
-    head = Content.styled(f"{'':<22}{'predicted':>12}{'so far':>12}", FAINT)
-    lines = [head, *(_row(NAMES[name], size, metrics.get(_MEASURED.get(name, ""))) for name, size in shares(table))]
-    for name, key in (("MLX's peak", "predicted_peak_bytes"), ("all of the process", "need_bytes")):
+def page(table: Table, progress: Progress, width: int = 80) -> list[Content]:
+    """The lines of a run's page, for a width in columns."""
+    metrics, known = progress.metrics, {**progress.metrics, **progress.held_bytes}
+    lines = [Content.styled(f"{'':<22}{'predicted':>12}{'measured':>12}", FAINT)]
+    for name, size in shares(table):
+        row = _row(NAMES[name], size, known.get(_MEASURED.get(name, name)))
+        lines.append(row + _share(name, size, table, width - row.cell_length - 3))
+    for name, key in _TOTALS.items():
         lines.append(_row(name, table[key], metrics.get(_MEASURED[name])))
     planned, rate = table["time"]["seconds_a_step"], metrics.get("steps_per_second")
     said = f"{1 / planned:.3g} it/s" if planned else wording.MISSING
     so_far = f"{rate:.3g} it/s" if rate else wording.MISSING
     lines += [Content.assemble((f"{'speed':<22}", FAINT), f"{said:>12}{so_far:>12}")]
-    lines += [Content.styled(moment_words(table), FAINT), Content()]
+    if table["components"]:
+        lines.append(Content.styled(moment_words(table), FAINT))
+    lines.append(Content())
     for name, text in facts(table, _time_left(table["time"], progress)):
         colour = LEVEL_COLOURS[table["verdict"]] if name == "memory" else ""
         lines.append(Content.assemble((f"{name:<14}", FAINT), (text, colour)))
-    return lines
+    return [*lines, *_savings(table)]
+
+
+def _savings(table: Table) -> list[Content]:
+    """What each measure that is taken saves of the peak, and what others would."""
+    lines = []
+    for taken, title in ((True, "what is saved"), (False, "what would be saved")):
+        found = sorted((it for it in table.get("savings", ()) if it["taken"] is taken), key=lambda it: -it["bytes"])
+        for index, saving in enumerate(found):
+            heading = "" if index else title
+            size = f"{wording.size(saving['bytes']):>8}"
+            words = f", {saving['words']}" if saving["words"] else ""
+            lines.append(Content.assemble((f"{heading:<21}", FAINT), f"{size}  {saving['name']}", (words, FAINT)))
+    return [Content(), *lines] if lines else []
 
 
 def _time_left(planned: Table, progress: Progress) -> str:
@@ -172,5 +197,19 @@ def _indented(text: str, width: int) -> str:
 
 
 def _row(name: str, size: int, measured: float | None) -> Content:
-    so_far = wording.size(measured) if measured is not None else ""
-    return Content.assemble((f"{name:<22}", FAINT), f"{wording.size(size):>12}{so_far:>12}")
+    line = Content.assemble((f"{name:<22}", FAINT), f"{wording.size(size):>12}")
+    if not measured:
+        return line + " " * 20
+    ratio = f"{size / measured:>6.2f} ×" if size else ""
+    colour = "$warning" if name in _TOTALS and measured > _TOO_LITTLE * size else FAINT
+    return Content.assemble(line, f"{wording.size(measured):>12}", (f"{ratio:<8}", colour))
+
+
+def _share(name: str, size: int, table: Table, width: int) -> Content:
+    """A component as a part of all of them, in its colour."""
+    columns = min(_SHARE_WIDTH, width)
+    if columns < _SHARE_WIDTH // 2:
+        return Content()
+    largest = max(size for _, size in shares(table))
+    colour = next((colour for _, colour, names in _PARTS if name in names), FAINT)
+    return "   " + Content.styled("█" * round(columns * size / largest) or "▏", colour)
