@@ -16,6 +16,10 @@ CHAT_SHARE = 0.75
 """Time for open chats, as a part of what the micro-batch before took: with the rest of a step, training keeps half."""
 
 
+class Abandoned(Exception):
+    """What is under way shall not be ended: it is done again, with the same numbers, if the run goes on."""
+
+
 class Attendant:
     """Serves a run's owner, guards and chats. `errands` does what commands and guards have asked for by now."""
 
@@ -27,18 +31,34 @@ class Attendant:
         self.aside_seconds = 0.0
         """Time since it was last set to 0 that was not training's: errands' and pauses'."""
         self._paused_seconds = 0.0
+        self._served_at = time.monotonic()
 
-    def serve(self, busy_seconds: float) -> None:
+    def begin(self) -> None:
+        """From now on time is spent on what chats have a share of."""
+        self._served_at = time.monotonic()
+
+    def serve(self) -> None:
         """Gives chats their share, does errands, and waits while the run is paused or held."""
-        self.attend(busy_seconds)
+        self.attend()
         self.hold()
 
-    def attend(self, busy_seconds: float) -> None:
+    def attend(self) -> None:
         """As `serve`, without waiting."""
         self._hang.beat()
         self._controls.listen()
-        self._answers.serve(CHAT_SHARE * busy_seconds)
+        self._answers.serve(CHAT_SHARE * (time.monotonic() - self._served_at))
         self._errands()
+        self._served_at = time.monotonic()
+
+    def between_layers(self) -> None:
+        """As `serve`, with a micro-batch under way that is abandoned where the run ends, or a guard holds it.
+
+        Its memory is what a guard wants back; a pause of the owner's leaves it as it is.
+        """
+        self.attend()
+        if self._controls.ending or self._controls.held:
+            raise Abandoned
+        self.hold()
 
     def hold(self) -> None:
         """Waits while paused or held; chats and errands are served meanwhile."""
@@ -58,6 +78,7 @@ class Attendant:
                 if not self._controls.ending:
                     self._journal.enter(state)
         self._paused_seconds += time.monotonic() - paused_at
+        self._served_at = time.monotonic()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 
 from engine.commands import (
@@ -50,6 +50,11 @@ class Controls:
                 self._take(self._inbox.get_nowait())
         except Empty:
             return
+
+    def take(self, commands: Iterable[Command]) -> None:
+        """What was asked for before it could be listened to."""
+        for command in commands:
+            self._take(command)
 
     def end(self, outcome: Outcome) -> None:
         """The run shall end so; what was asked first stays."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
-from engine.attending import Attendant
+from engine.attending import Abandoned, Attendant
 from engine.controls import Controls
 from engine.events import State
 from engine.journal import Journal
@@ -28,14 +27,16 @@ class Scorer:
         self.busy = True
         try:
             for batch in self._task.heldout(size, most):
-                started = time.monotonic()
-                loss_sum += self._update.loss(batch)
+                self._attendant.begin()
+                loss_sum += self._update.loss(batch, self._between_layers)
                 tokens += batch.tokens
-                self._attendant.attend(time.monotonic() - started)
+                self._attendant.attend()
                 if state is not State.PAUSED:  # what was asked for in a pause is done in it
                     self._attendant.hold()
                 if self._controls.ending:
                     return None
+        except Abandoned:
+            return None
         except Exception:
             self._journal.enter(state)
             raise
@@ -43,3 +44,8 @@ class Scorer:
             self.busy = False
         self._journal.enter(state)
         return self._task.heldout_metrics(loss_sum, tokens)
+
+    def _between_layers(self) -> None:
+        self._attendant.attend()
+        if self._controls.ending:
+            raise Abandoned

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.amendments import LIMITS, Amendments, NotStoredError
 from engine.answers import Answers
-from engine.attending import Attendant
+from engine.attending import Abandoned, Attendant
 from engine.backend import (
     clear_cache,
     compute_dtype,
@@ -23,7 +23,6 @@ from engine.backend import (
     forget_peak,
     is_out_of_memory,
     limit_memory,
-    mx,
     on_gpu,
 )
 from engine.checkpoint import Checkpoint, newest_attempt
@@ -35,6 +34,7 @@ from engine.guards import Action, ClearCache, End, Hold, LetGo, Shrink, Tell, Wa
 from engine.guards.divergence import DivergenceGuard, Judgement, Verdict
 from engine.guards.early_stopping import EarlyStopping
 from engine.journal import Journal
+from engine.loading import Loading
 from engine.opening import (
     check_identity,
     compare_ranks,
@@ -77,7 +77,8 @@ class Trainer:
     """One attempt at a run, on the thread that owns MLX.
 
     Made, it is ready to train: data and model are loaded and a checkpoint is restored. `resume_from` is None for a new
-    run, else `latest`, `best` or a step. Raises `UserError` for what the user can mend.
+    run, else `latest`, `best` or a step. Raises `UserError` for what the user can mend, `Interrupted` where the run was
+    asked to end meanwhile.
     """
 
     def __init__(
@@ -99,11 +100,12 @@ class Trainer:
         checkpoint = None
         if resume_from and ranks.chief:
             checkpoint = find_checkpoint(run, resume_from, self._tell, self._warn)
-        self._task = make_task(profile, run.path.parent, checkpoint.path if checkpoint else None)
+        loading = Loading(journal.say, inbox if ranks.chief else None)
+        self._task = make_task(profile, run.path.parent, checkpoint.path if checkpoint else None, loading)
         self._total_steps = self._task.total_steps()
         compare_ranks(ranks, self._task.data_digest, self._total_steps)
         self._dtype = compute_dtype(profile.train.dtype)
-        self._update = Update(self._task, profile.train, ranks, self._dtype, compiled=on_gpu())
+        self._update = Update(self._task, profile.train, ranks, self._dtype, compiled=on_gpu(), warn=self._warn)
         self._answers = Answers(self._task, journal.say, lambda: (self._update.parameters, self.progress.step))
         self._controls = Controls(inbox, self._answers.ask, self._answers.cancel)
         self._attendant = Attendant(journal, self._controls, self._answers, vigil.hang, self._do_errands)
@@ -123,6 +125,7 @@ class Trainer:
             self._try_to_amend(partial(self._amendments.forget_after, checkpoint.step))
         if checkpoint is None and self._task.borrowed_weights:
             self._checkpoint()  # what they came from may change or vanish; the run needs it no more
+        self._controls.take(loading.heard())
 
     def train(self) -> Outcome:
         """Trains until all steps are done, or a command or a guard ends it; leaves a checkpoint."""
@@ -184,11 +187,14 @@ class Trainer:
         examples = self._task.examples(step, self._ranks.rank, self._ranks.size)
         done = 0
         while done < len(examples):
-            busy, size = time.monotonic(), self._micro_batch_size
-            mx.random.seed(_seed(self._profile.seed, step, done, self._ranks.rank))
+            self._attendant.begin()
+            size, seed = self._micro_batch_size, _seed(self._profile.seed, step, done, self._ranks.rank)
             try:
-                self._update.accumulate(self._task.batch(examples[done : done + size]))
+                self._update.accumulate(self._task.batch(examples[done : done + size]), seed, self._between_layers)
                 done += size
+            except Abandoned:
+                self._update.drop()
+                done = 0
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -197,11 +203,17 @@ class Trainer:
                     if self._ranks.size > 1:  # the others would wait for ever
                         raise
                     self._controls.end(outcome)
-            self._attendant.serve(time.monotonic() - busy)
+            self._attendant.serve()
             if self._controls.ending and self._ranks.size == 1:
                 self._update.drop()  # done again, with the same numbers, when the run is resumed
                 return False
         return True
+
+    def _between_layers(self) -> None:
+        if self._ranks.size > 1:  # the others wait for this micro-batch
+            self._attendant.attend()
+        else:
+            self._attendant.between_layers()
 
     def _keep_appointments(self) -> None:
         """Validates and checkpoints the last completed step where it is time, and where that was cut short before."""
@@ -452,7 +464,8 @@ class Trainer:
                 task=self._profile.kind,
                 device=device_words(),
                 dtype=str(self._dtype).removeprefix("mlx.core."),
-                parameters=sum(array.size for _, array in tree_flatten(self._update.parameters)),
+                parameters=self._task.size,
+                trained_parameters=sum(array.size for _, array in tree_flatten(self._update.parameters)),
                 step=self.progress.step,
                 total_steps=self._total_steps,
                 attempt=attempt,

@@ -9,9 +9,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from engine.backend import mx, scalar
+from engine.backward import Pulse, Sums, make_backward
 from engine.optimizer import make_optimizer
 from engine.profile import Train
 from engine.ranks import Ranks
@@ -25,10 +26,13 @@ class Gradient:
     """A whole step's gradient, evaluated, not yet applied.
 
     `loss` is nats a token; norms are of the mean gradient a token, before clipping, in total and by part of the model.
+    `tokens` are those that count; of the `places` that were computed, `real` hold a token, not padding.
     """
 
     sums: Any
     tokens: int
+    real: int
+    places: int
     loss: float
     norm: float
     part_norms: dict[str, float]
@@ -41,42 +45,51 @@ class Update:
     `dtype`. `compiled` for GPUs, where it pays.
     """
 
-    def __init__(self, task: Task, train: Train, ranks: Ranks, dtype: mx.Dtype, compiled: bool) -> None:
+    def __init__(
+        self,
+        task: Task,
+        train: Train,
+        ranks: Ranks,
+        dtype: mx.Dtype,
+        compiled: bool,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.parameters: Any = task.model.trainable_parameters()
         self.optimizer = make_optimizer(train)
         self.optimizer.init(self.parameters)
-        self._task, self._train, self._ranks, self._dtype = task, train, ranks, dtype
-        self._sums: tuple[mx.array, Any] | None = None
-        self._tokens = 0
+        self._task, self._train, self._ranks = task, train, ranks
+        self._backward = make_backward(task, train, dtype, compiled, warn)
+        self._sums: Sums | None = None
+        self._tokens = self._real = self._places = 0
         self.intact = True
         """False once moving the weights has failed half-way."""
-        self._loss: Callable[..., mx.array] = self._sum_of_losses
-        self._gradients: Callable[..., tuple[mx.array, Any]] = mx.value_and_grad(self._sum_of_losses)
         self._apply: Callable[..., tuple[Any, Any]] = self._scale_and_apply
         if compiled:
-            self._loss, self._gradients = mx.compile(self._loss), mx.compile(self._gradients)
             self._apply = mx.compile(self._apply)
 
-    def accumulate(self, batch: Batch) -> None:
-        """Adds one micro-batch's loss and gradients, and evaluates the sums."""
-        previous, self._sums = self._sums, None  # held by nothing else, so that the new sums can take its memory
-        sums = self._gradients(self.parameters, *batch.arrays)
-        if previous is not None:
-            sums = tree_map(mx.add, previous, sums)
-            del previous
-        mx.eval(sums)
-        self._sums = sums
+    def accumulate(self, batch: Batch, seed: int = 0, pulse: Pulse = lambda: None) -> None:
+        """Adds one micro-batch's loss and gradients, and evaluates the sums; what `pulse` raises drops them all.
+
+        `seed` is that of its dropout; `pulse` is called where others may be served meanwhile.
+        """
+        before = [self._sums]
+        self._sums = None  # held by nothing else, so that the new sums can take its memory
+        self._sums = self._backward.gradients(self.parameters, batch, seed, before.pop(), pulse)
         self._tokens += batch.tokens
+        self._real += batch.real
+        self._places += batch.places
 
     def drop(self) -> None:
         """Forgets what was accumulated."""
-        self._sums, self._tokens = None, 0
+        self._sums = None
+        self._tokens = self._real = self._places = 0
 
     def collect(self) -> Gradient:
         """The gradient of all that was accumulated since the last call, on all ranks. Weights are untouched."""
         assert self._sums is not None, "nothing was accumulated"
         loss, sums = self._ranks.sum(self._sums)
-        tokens = int(scalar(self._ranks.sum(mx.array(self._tokens))))
+        counts = self._ranks.sum(mx.array([self._tokens, self._real, self._places]))
+        tokens, real, places = (int(count) for count in cast(list[int], counts.tolist()))
         self.drop()
         squares: dict[str, mx.array] = defaultdict(lambda: mx.array(0.0))
         for name, gradient in tree_flatten(sums):
@@ -86,6 +99,8 @@ class Update:
         return Gradient(
             sums=sums,
             tokens=tokens,
+            real=real,
+            places=places,
             loss=scalar(loss) / tokens,
             norm=math.sqrt(sum(parts.values())),
             part_norms={part: math.sqrt(square) for part, square in sorted(parts.items())},
@@ -104,9 +119,9 @@ class Update:
         mx.eval(self.parameters, self.optimizer.state)
         self.intact = True
 
-    def loss(self, batch: Batch) -> float:
-        """The summed loss of a batch in nats, without gradients."""
-        return scalar(self._loss(self.parameters, *batch.arrays))
+    def loss(self, batch: Batch, pulse: Pulse = lambda: None) -> float:
+        """The summed loss of a batch in nats, without gradients and without dropout."""
+        return self._backward.loss(self.parameters, batch, pulse)
 
     def optimizer_state(self) -> dict[str, mx.array]:
         """The optimizer's state as flat names and arrays, for a checkpoint."""
@@ -132,10 +147,6 @@ class Update:
         self.optimizer.state = self._ranks.from_chief(self.optimizer.state)
         mx.eval(self.parameters, self.optimizer.state)
         self.intact = True
-
-    def _sum_of_losses(self, parameters: Any, *arrays: mx.array) -> mx.array:
-        self._task.model.update(tree_map(lambda array: array.astype(self._dtype), parameters))
-        return self._task.loss(*arrays)
 
     def _scale_and_apply(self, parameters: Any, state: Any, sums: Any, scale: mx.array) -> tuple[Any, Any]:
         self.optimizer.state = state

@@ -15,6 +15,7 @@ from engine.errors import ExitCode, UserError
 from engine.events import Alarm, AnswerEnded, Event, LoadingProgress, Reading, RunEnded, State, StepCompleted
 from engine.host.mlx_variables import set_mlx_variables
 from engine.journal import Journal
+from engine.loading import Interrupted
 from engine.profile import Profile
 from engine.store import RunDirectory
 from engine.vigil import Vigil
@@ -158,6 +159,8 @@ class Engine:
             outcome = trainer.train()
         except UserError as error:
             outcome = Outcome(State.FAILED, str(error), ExitCode.BAD_INPUT)
+        except Interrupted as error:
+            outcome = Outcome(State.STOPPED, f"{error}, before it had begun", ExitCode.OK)
         except Exception as error:  # a defect of ours: the log gets the traceback, the user one line
             self._log_traceback()
             reason, code = f"internal error: {error!r}", ExitCode.DEFECT

@@ -40,14 +40,16 @@ def ragged_batch(task: RetentionLMTask) -> Batch:
     """Twelve sequences of quite different lengths, so that a mean over micro-batches would be wrong."""
     batch = task.batch(task.examples(1, rank=0, ranks=1))
     lengths = mx.array([32, 1, 17, 5, 32, 2, 9, 30, 1, 1, 25, 12])
-    return Batch((batch.arrays[0], lengths), int(lengths.sum().item()))
+    tokens = int(lengths.sum().item())
+    return Batch((batch.arrays[0], lengths), tokens, tokens, 12 * 32)
 
 
 def split(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     parts, start = [], 0
     for size in sizes:
         rows, lengths = (array[start : start + size] for array in batch.arrays)
-        parts.append(Batch((rows, lengths), int(lengths.sum().item())))
+        tokens = int(lengths.sum().item())
+        parts.append(Batch((rows, lengths), tokens, tokens, rows.size))
         start += size
     assert start == batch.arrays[0].shape[0]
     return parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +12,7 @@ from typing import Any, Self
 from engine.backend import mx
 from engine.errors import UserError
 from engine.models.power_retention import PowerRetention, RetentionState
-from engine.ops.recompute import recomputed
+from engine.ops.recompute import recomputed_layer
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
@@ -83,16 +83,22 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: [batch, time, width]."""
+        return self.transform(self.retain(x))
+
+    def retain(self, x: mx.array) -> mx.array:
+        """The first half: tokens learn of those before them."""
         normed = self.retention_norm(x)
-        x = x + self.retention(normed, self._log_gates(normed))
+        return x + self.retention(normed, self._log_gates(normed))
+
+    def transform(self, x: mx.array) -> mx.array:
+        """The second half: every token for itself."""
         return x + self.mlp(self.mlp_norm(x))
 
     def advance(self, x: mx.array, state: RetentionState) -> tuple[mx.array, RetentionState]:
         """As `__call__`, for the tokens after `state`."""
         normed = self.retention_norm(x)
         retained, state = self.retention.advance(normed, self._log_gates(normed), state)
-        x = x + retained
-        return x + self.mlp(self.mlp_norm(x)), state
+        return self.transform(x + retained), state
 
     def _log_gates(self, x: mx.array) -> mx.array:
         """[batch, kv_heads, time], in float32: a product of many gates needs its digits."""
@@ -119,7 +125,7 @@ class RetentionLM(nn.Module):
         """What the output layer (the embedding) reads: [batch, time, width]."""
         x = self.embedding(tokens)
         for layer in self.layers:
-            x = _recomputed_layer(layer, x) if self.gradient_checkpointing else layer(x)
+            x = recomputed_layer(layer, x) if self.gradient_checkpointing else layer(x)
         return self.norm(x)
 
     def forward(
@@ -167,19 +173,3 @@ class RetentionLM(nn.Module):
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = normal / math.sqrt(2 * len(self.layers)) if writes else normal
             self.update(tree_unflatten([(name, mx.random.normal(array.shape, scale=std))]))
-
-
-def _recomputed_layer(layer: Block, x: mx.array) -> mx.array:
-    """`layer(x)`, computed again in the backward pass instead of keeping what is inside; the layer stays as it is."""
-    names, arrays = zip(*tree_flatten(layer.trainable_parameters()), strict=True)
-
-    def run(x: mx.array, *arrays: mx.array) -> list[mx.array]:
-        own = layer.trainable_parameters()
-        layer.update(tree_unflatten(list(zip(names, arrays, strict=True))))
-        try:
-            return [layer(x)]
-        finally:
-            layer.update(own)
-
-    call: Callable[..., list[mx.array]] = recomputed(run)
-    return call(x, *arrays)[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-from engine.backend import mx
+from engine.backend import mx, on_gpu
+
+from mlx.utils import tree_flatten, tree_unflatten
 
 LOGITS_AT_ONCE = 1 << 25
 """128 MiB of them in float32."""
@@ -55,6 +57,85 @@ def linear_cross_entropy_sum(
         )
 
     return cast(list[mx.array], loss_and_gradients(hidden, weight))[0]
+
+
+def cross_entropy_sum(logits: mx.array, targets: mx.array, counted: mx.array) -> mx.array:
+    """−Σ log softmax(logits)[target] over the counted tokens, in nats, float32.
+
+    Args:
+        logits: [tokens, vocabulary].
+        targets: token ids, [tokens].
+        counted: true where a token counts, [tokens].
+    """
+    if on_gpu():  # MLX's own kernels read the logits once each way
+        return mx.where(counted, mx.fast.cross_entropy(logits, targets), 0).sum()
+
+    @mx.custom_function
+    def loss_and_slopes(logits: mx.array) -> list[mx.array]:
+        return list(_loss_and_slopes(logits, targets, counted))
+
+    @loss_and_slopes.vjp
+    def _backward(primal: mx.array, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
+        return (cotangents[0] * outputs[1]).astype(primal.dtype)
+
+    return cast(list[mx.array], loss_and_slopes(logits))[0]
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Tokens whose logits are made at once: whole 32s of them."""
+    return max(32, LOGITS_AT_ONCE // vocabulary // 32 * 32)
+
+
+Head = Callable[[Any, mx.array], mx.array]
+"""`head(weights, rows)`: logits [tokens, vocabulary] of hidden states [tokens, width]."""
+
+
+def head_cross_entropy_sum(
+    head: Head, weights: Any, hidden: mx.array, targets: mx.array, counted: mx.array, *, tokens_at_once: int
+) -> mx.array:
+    """As `linear_cross_entropy_sum`, for any head: a chunk of tokens makes its gradients together with its loss.
+
+    Args:
+        head: see `Head`; gradients flow to its arguments alone.
+        weights: a tree of those of its weights that are trained; may be empty.
+        hidden: [tokens, width].
+        tokens_at_once: so many make a chunk.
+    """
+    names, arrays = cast(tuple[list[str], list[mx.array]], list(zip(*tree_flatten(weights), strict=True)) or ([], []))
+    cuts = list(range(tokens_at_once, hidden.shape[0], tokens_at_once))
+
+    @mx.custom_function
+    def loss_and_gradients(hidden: mx.array, *arrays: mx.array) -> list[mx.array]:
+        def chunk_loss(rows: mx.array, *arrays: mx.array, ids: mx.array, mask: mx.array) -> mx.array:
+            tree = tree_unflatten(list(zip(names, arrays, strict=True)))
+            return cross_entropy_sum(head(tree, rows), ids, mask)
+
+        losses: list[mx.array] = []
+        to_hidden: list[mx.array] = []
+        to_weights: list[mx.array] = []
+        every = list(range(1 + len(arrays)))
+        for rows, ids, mask in zip(*(mx.split(array, cuts) for array in (hidden, targets, counted)), strict=True):
+            if losses:  # the chunk before is done with its logits
+                rows = mx.depends([rows], [losses[-1], to_hidden[-1], *to_weights])[0]  # noqa: PLW2901
+            loss, gradients = mx.value_and_grad(chunk_loss, argnums=every)(rows, *arrays, ids=ids, mask=mask)
+            slopes, *parts = gradients if arrays else (gradients,)  # of a single argument it is no tuple
+            losses.append(loss)
+            to_hidden.append(slopes)
+            parts = [part.astype(mx.float32) for part in parts]
+            to_weights = [a + b for a, b in zip(to_weights, parts, strict=True)] if to_weights else parts
+        return [mx.stack(losses).sum(), mx.concatenate(to_hidden), *to_weights]
+
+    @loss_and_gradients.vjp
+    def _backward(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> tuple[mx.array, ...]:
+        inputs = primals if isinstance(primals, list | tuple) else [primals]
+        factor = cotangents[0]
+        return tuple(
+            (factor * gradient).astype(primal.dtype) for primal, gradient in zip(inputs, outputs[1:], strict=True)
+        )
+
+    return cast(list[mx.array], loss_and_gradients(hidden, *arrays))[0]
 
 
 def _loss_and_slopes(logits: mx.array, targets: mx.array, counted: mx.array) -> tuple[mx.array, mx.array]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from engine.backend import mx
+from engine.ops.dropout import Keys
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 Arrays = list[mx.array]
 
@@ -26,6 +30,28 @@ def recomputed(function: Callable[..., Arrays]) -> Callable[..., Arrays]:
         return mx.depends(gradients, gradients)
 
     return cast(Callable[..., Arrays], call)
+
+
+def recomputed_layer(layer: nn.Module, x: mx.array, *args: Any, keys: Keys | None = None, **kwargs: Any) -> mx.array:
+    """`layer(x, …)` as `recomputed`: it keeps only x, and is as it was afterwards.
+
+    Gradients flow to x and to what of the layer is trained. `keys` are those of its dropout: the same masks again.
+    """
+    trained = tree_flatten(layer.trainable_parameters())
+    names, arrays = [name for name, _ in trained], [array for _, array in trained]
+    key = keys.next() if keys is not None else None
+
+    def run(x: mx.array, *arrays: mx.array) -> Arrays:
+        if keys is not None and key is not None:
+            keys.begin(key)
+        own = layer.trainable_parameters()
+        layer.update(tree_unflatten(list(zip(names, arrays, strict=True))))
+        try:
+            return [layer(x, *args, **kwargs)]
+        finally:
+            layer.update(own)
+
+    return recomputed(run)(x, *arrays)[0]
 
 
 def split(array: mx.array, indices: list[int], axis: int) -> Arrays:

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 from engine.backend import mx
 from engine.commands import Generate
+from engine.loading import Loading
+from engine.models.anatomy import Anatomy
+from engine.ops.dropout import Keys
 from engine.profile import LoRAProfile, Profile, RetentionProfile
 
 import mlx.nn as nn
@@ -16,10 +19,15 @@ import mlx.nn as nn
 
 @dataclass(frozen=True)
 class Batch:
-    """What is in memory at once: the arrays that a task's `loss` takes, and how many tokens it sums over."""
+    """What is in memory at once: the arrays that a task's `loss` takes, and how many tokens it sums over.
+
+    Of the `places` that are computed, `real` hold a token; the rest is padding.
+    """
 
     arrays: tuple[mx.array, ...]
     tokens: int
+    real: int
+    places: int
 
 
 class Task(Protocol):
@@ -29,8 +37,21 @@ class Task(Protocol):
     def model(self) -> nn.Module:
         """The shape that computes; its weights are set before every use."""
 
+    @property
+    def anatomy(self) -> Anatomy | None:
+        """Where the model can be cut, for the layerwise way (engine.layerwise); None for what is no stack of layers."""
+
     data_digest: str
     """Changes whenever the training data do."""
+
+    keys: Keys
+    """Where the model's dropout takes its masks from; the caller begins it anew for every micro-batch."""
+
+    size: int
+    """Numbers that the model consists of, trained or not."""
+
+    vocabulary: int
+    """Rows of the output layer; 0 where there is none."""
 
     def total_steps(self) -> int:
         """Length of the run in optimizer updates."""
@@ -46,6 +67,9 @@ class Task(Protocol):
 
     def loss(self, *arrays: mx.array) -> mx.array:
         """The summed loss of a batch in nats, float32, with the model's present weights."""
+
+    def predicting(self, *arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Of a batch, with `anatomy`: what is read, what is to be predicted, and whether it counts; [batch, time]."""
 
     def heldout_metrics(self, loss_sum: float, tokens: int) -> Mapping[str, float]:
         """`val_loss` and what else the held-out loss says."""
@@ -69,7 +93,9 @@ class Task(Protocol):
         """An answer a token at a time: a piece of text (which may be empty), or None while still reading the prompt."""
 
 
-def make_task(profile: Profile, runs_folder: Path, checkpoint: Path | None = None) -> Task:
+def make_task(
+    profile: Profile, runs_folder: Path, checkpoint: Path | None = None, loading: Loading | None = None
+) -> Task:
     """Loads what a profile's kind needs: data, tokenizer, model. `checkpoint` is the folder of one to resume from."""
     # A kind's imports are paid for when it is run.
     match profile:
@@ -80,5 +106,5 @@ def make_task(profile: Profile, runs_folder: Path, checkpoint: Path | None = Non
         case LoRAProfile():
             from engine.tasks.lora import LoRATask
 
-            return LoRATask(profile, runs_folder, checkpoint)
+            return LoRATask(profile, runs_folder, checkpoint, loading or Loading())
     raise AssertionError(f"no task for {profile.kind}")

@@ -16,14 +16,16 @@ from engine.data.text_dataset import load_text_data
 from engine.data.tokenizers import load_tokenizer
 from engine.errors import UserError
 from engine.generate import generate
+from engine.models.anatomy import Anatomy
 from engine.models.retention_lm import RetentionLM, RetentionLMConfig
+from engine.ops.dropout import Keys
 from engine.ops.losses import linear_cross_entropy_sum
 from engine.profile import RetentionProfile
 from engine.profile_retention import RetentionModel
 from engine.store import RunDirectory
 from engine.tasks import Batch
 
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 _FREE_TO_CHANGE = {"chunk_size", "switch_over"}
 _PARTS = {"embedding": "embedding", "retention": "retention", "gate": "retention", "mlp": "mlp"}
@@ -45,8 +47,14 @@ class RetentionLMTask:
         self._tokenizer, self._sequences, self._heldout = dataset.tokenizer, dataset.train, dataset.heldout
         self.data_digest = dataset.digest
         self._config = model_config(profile.model)
-        self.model = RetentionLM(self._config)
-        self.model.gradient_checkpointing = self._train.gradient_checkpointing
+        self._make_model()
+
+    def _make_model(self) -> None:
+        self.model, self.keys = RetentionLM(self._config), Keys()
+        self.anatomy, self.vocabulary = Anatomy(self.model), self._config.vocab_size
+        self.size = sum(array.size for _, array in tree_flatten(self.model.parameters()))
+        train = self._profile.train
+        self.model.gradient_checkpointing = train.gradient_checkpointing and train.backward == "whole"
 
     def total_steps(self) -> int:
         train = self._train
@@ -71,10 +79,13 @@ class RetentionLMTask:
             yield _batch(self._heldout, range(start, min(start + size, count)))
 
     def loss(self, *arrays: mx.array) -> mx.array:
+        tokens, targets, counted = self.predicting(*arrays)
+        hidden = self.model.hidden_states(tokens).flatten(0, 1)
+        return linear_cross_entropy_sum(hidden, self.model.embedding.weight, targets.flatten(), counted.flatten())
+
+    def predicting(self, *arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         rows, lengths = arrays
-        hidden = self.model.hidden_states(rows[:, :-1]).flatten(0, 1)
-        counted = (mx.arange(rows.shape[1] - 1) < lengths[:, None]).flatten()
-        return linear_cross_entropy_sum(hidden, self.model.embedding.weight, rows[:, 1:].flatten(), counted)
+        return rows[:, :-1], rows[:, 1:], mx.arange(rows.shape[1] - 1) < lengths[:, None]
 
     def heldout_metrics(self, loss_sum: float, tokens: int) -> Mapping[str, float]:
         loss = loss_sum / tokens
@@ -117,7 +128,8 @@ class RetentionLMTask:
 
 def _batch(sequences: PackedSequences, indices: Sequence[int]) -> Batch:
     rows, lengths = sequences.batch(indices)
-    return Batch((mx.array(rows), mx.array(lengths)), int(lengths.sum()))
+    tokens = int(lengths.sum())
+    return Batch((mx.array(rows), mx.array(lengths)), tokens, tokens, rows.shape[0] * (rows.shape[1] - 1))
 
 
 def speak(model: RetentionLM, tokenizer: Any, ask: Generate) -> Iterator[str | None]:
