@@ -137,8 +137,8 @@ def control(
 
 @cli.command()
 def generate(
-    run_name: RunName,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="the text to go on from")],
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="a run's name or folder, or an adapter's folder")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="a text to go on from, or a message")],
     checkpoint: Annotated[str, typer.Option(help="latest, best or a checkpoint's step")] = "latest",
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token")] = 0.7,
@@ -146,18 +146,34 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Continue a text with a run's model."""
+    """Continue a text with a run's model; one that was tuned for chats answers a message."""
     from engine.speaker import continue_text  # loads MLX
 
     ask = Generate("command line", prompt, max_tokens, temperature, top_p, seed)
-
-    def report(text: str) -> None:
-        print(f"retention-tui: {text}", file=sys.stderr)
-
-    for piece in continue_text(runs_dir, run_name, checkpoint, ask, report):
+    for piece in continue_text(runs_dir, run_name, checkpoint, ask, _report):
         sys.stdout.write(wording.printable(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _report(text: str) -> None:
+    print(f"retention-tui: {text}", file=sys.stderr)
+
+
+@cli.command()
+def fuse(
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="a run's name or folder, or an adapter's folder")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="a folder that is not there yet")],
+    checkpoint: Annotated[str, typer.Option(help="best, latest or a checkpoint's step")] = "best",
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="undo the quantization of the base")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="for llama.cpp as well: Llama, Mistral and Mixtral")] = False,
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Add a run's adapter to its base: a Hugging Face folder of its own."""
+    from engine.fuse import fuse as write_fused  # loads MLX
+
+    write_fused(runs_dir, run_name, output, _report, checkpoint=checkpoint, dequantize=dequantize, gguf=gguf)
+    print(output)
 
 
 @cli.command()
@@ -205,12 +221,21 @@ def report(run_name: RunName, runs_dir: RunsDir = RUNS, as_json: Json = False) -
 @cli.command()
 def export(
     run_name: RunName,
-    form: Annotated[str, typer.Option("--format", help="csv or jsonl")] = "csv",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="a file; standard output if absent")] = None,
+    form: Annotated[str, typer.Option("--format", help="csv, jsonl or adapters")] = "csv",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="a file, standard output if absent; for adapters a new folder")
+    ] = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Write every step's metrics, in full precision."""
-    listings.export_run(runs_dir, run_name, form, output)
+    """Write every step's metrics, in full precision, or the adapters of every checkpoint as mlx-lm lays them out."""
+    if form == "adapters":
+        from engine.fuse import export_adapters  # loads MLX
+
+        if output is None:
+            raise UserError("export --format adapters needs -o with a folder that is not there yet")
+        export_adapters(runs_dir, run_name, output, _report)
+    else:
+        listings.export_run(runs_dir, run_name, form, output)
 
 
 @cli.command()

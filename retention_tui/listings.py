@@ -84,7 +84,7 @@ def export_run(folder: Path, name: str, form: str, output: Path | None) -> None:
     """One row for every step, first `step`, then one column a metric. Raises `UserError` for an unknown format."""
     writers: dict[str, Callable[[RunDirectory, IO[str]], None]] = {"csv": _write_csv, "jsonl": _write_jsonl}
     if form not in writers:
-        raise UserError(f"--format {form!r} is not known; there are {', '.join(writers)}")
+        raise UserError(f"--format {form!r} is not known; there are {', '.join(writers)}, adapters")
     run = find_run(folder, name)
     if output is None:
         writers[form](run, sys.stdout)

@@ -39,10 +39,11 @@ class Base:
     folder: Path
 
 
-def load_base(model: PretrainedModel, dtype: mx.Dtype, loading: Loading) -> Base:
-    """Loads the base that a profile names, its floating weights in `dtype`, and quantizes it where that was asked for.
+def load_base(model: PretrainedModel, dtype: mx.Dtype | None, loading: Loading) -> Base:
+    """Loads the base that a profile names, and quantizes it where that was asked for.
 
-    Raises `UserError` for what is not there or cannot be loaded, and lets `Interrupted` through.
+    Its floating weights are turned into `dtype`, or stay as they are in its files where that is None. Raises
+    `UserError` for what is not there or cannot be loaded, and lets `Interrupted` through.
     """
     name, folder = find_base(model, loading)
     check_folder(folder)
@@ -59,7 +60,8 @@ def load_base(model: PretrainedModel, dtype: mx.Dtype, loading: Loading) -> Base
             loading.tell(f"{name} is quantized already ({_in_bits(config)}): model.quantize_bits changes nothing")
         else:
             _quantize(net, config, model.quantize_bits, model.quantize_group_size, loading)
-    cast(net, dtype)
+    if dtype is not None:
+        cast(net, dtype)
     net.freeze()
     return Base(net, tokenizer, config, name, folder)
 

@@ -1,0 +1,80 @@
+"""A base with a trained adapter on it, outside of any training: of a run, or of a folder that mlx-lm wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.backend import mx
+from engine.checkpoint import choose_checkpoint
+from engine.errors import UserError
+from engine.events import Event
+from engine.lines import LineWriter
+from engine.loading import Loading
+from engine.profile import LoRAProfile
+from engine.profile_files import validate_profile
+from engine.profile_lora import PretrainedModel
+from engine.runs import find_run
+
+from mlx.utils import tree_map
+
+if TYPE_CHECKING:
+    from engine.models.pretrained import Base
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Where a tuned model is: its base, its adapter's folder, and the chat template that it was taught with."""
+
+    model: PretrainedModel
+    adapter: Path
+    chat_template: str | None = None
+
+
+def find_tuned(runs_folder: Path, name: str, checkpoint: str, report: Report) -> Tuned | None:
+    """What a run has learned at a checkpoint (`latest`, `best` or a step), or an adapter's folder.
+
+    None where the run trains whole models. Raises `UserError` where there is nothing of that name.
+    """
+    bare = Path(name).expanduser()
+    if (bare / "adapter_config.json").is_file() and not (runs_folder / name / "run.json").is_file():
+        from engine.models.adapters import read_adapter_config  # mlx-lm takes a while to import
+
+        base = read_adapter_config(bare).get("model")
+        if not isinstance(base, str) or not base:
+            raise UserError(f"{bare}/adapter_config.json: model, the base that it was trained on, is missing")
+        return Tuned(PretrainedModel(init_from=base), bare)
+    run = find_run(runs_folder, name)
+    profile = validate_profile(run.identity()["profile"], where=str(run.identity_path))
+    if not isinstance(profile, LoRAProfile):
+        return None
+    folder = choose_checkpoint(run, checkpoint, report, to_read=True).path
+    return Tuned(profile.model, folder, profile.data.chat_template)
+
+
+def load_tuned(tuned: Tuned, dtype: mx.Dtype | None, report: Report) -> Base:
+    """The base, in `dtype` or as in its files, with the adapter's layers in it, their weights in float32.
+
+    What takes long is reported. Raises `UserError` where either cannot be loaded, or the adapter is another model's.
+    """
+    from engine.data.chat_template import use_template
+    from engine.models.adapters import attach_saved
+    from engine.models.pretrained import load_base
+
+    lines = LineWriter()
+
+    def say(event: Event) -> None:
+        for line in lines.lines(event):
+            report(line)
+
+    base = load_base(tuned.model, dtype, Loading(say))
+    use_template(base.tokenizer, tuned.chat_template)
+    learned = attach_saved(base.model, tuned.adapter)
+    fresh = base.model.trainable_parameters()  # where all weights were trained, they keep the base's dtype
+    base.model.update(tree_map(lambda new, old: new.astype(old.dtype), learned, fresh))
+    base.model.eval()
+    return base
