@@ -1,6 +1,6 @@
 """How much memory a profile will need, whether this machine has it, what would fit, and how long it will take.
 
-Nothing is loaded for it and nothing allocated: it is arithmetic on the profile (engine/planning/), in milliseconds.
+No weight is loaded for it and nothing allocated: it is arithmetic on the profile (engine/planning/), in milliseconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from engine.planning import (
     STATES,
     TRAINED,
     Moment,
+    Saving,
     Setting,
+    UnknownShapeError,
     demand_of,
     micro_batch,
     micro_batches,
@@ -47,6 +49,9 @@ _GPU_CACHE_SHARE = 0.1
 _SHORTEST = 128
 """Sequences shorter than this are not suggested."""
 
+_LARGEST_CHOSEN = 16
+"""Larger micro-batches make no step faster that is worth one: what `auto` chooses."""
+
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -69,9 +74,11 @@ class Plan:
 
     `components` are bytes by name; those of `engine.planning.IN_MLX` add up to `predicted_peak_bytes`, MLX's own peak,
     and all of them to `need_bytes`. `activation_bytes` are a micro-batch's, with gradient checkpointing off and on.
+    Where the shape of what is trained is not known yet, there are none of them, and `level` is None.
     """
 
     profile: Profile
+    """Settled: nothing in it is `auto` that the planner decides."""
     components: Mapping[str, int]
     moment: str
     activation_bytes: Mapping[bool, int]
@@ -86,6 +93,8 @@ class Plan:
     reason: str
     """The part of it that says why all is not well; empty where it is."""
     suggestions: tuple[Suggestion, ...]
+    savings: tuple[Saving, ...]
+    download_bytes: int
     timing: Timing
 
     @property
@@ -129,7 +138,16 @@ def plan(
     """
     setting = setting or this_setting(profile)
     capacity = _capacity(profile, limit_bytes, capacity)
-    components, moment = _components(profile, setting)
+    profile = settle(profile, capacity=capacity, setting=setting)
+    demand, timing = demand_of(profile), foresee(profile, runs_folder, except_run)
+    size, parts = micro_batch(profile, setting.ranks), micro_batches(profile, setting.ranks)
+    try:
+        components, moment = _components(profile, setting)
+    except UnknownShapeError as error:
+        none = {False: 0, True: 0}
+        return Plan(
+            profile, {}, "", none, 0, size, parts, capacity, None, f"unknown: {error}", "", (), (), 0, timing
+        )  # fmt: skip
     need = sum(components.values())
     level, why = capacity.judge(_in_mlx(components), need)
     suggestions = suggest(profile, capacity=capacity, setting=setting) if level not in (Level.GREEN, None) else ()
@@ -139,16 +157,57 @@ def plan(
         components=components,
         moment=moment.name,
         activation_bytes={on: _activations(_checkpointed(profile, on), setting) for on in (False, True)},
-        parameters=demand_of(profile).parameters(profile),
-        micro_batch_size=micro_batch(profile, setting.ranks),
-        accumulation=micro_batches(profile, setting.ranks),
+        parameters=demand.parameters(profile),
+        micro_batch_size=size,
+        accumulation=parts,
         capacity=capacity,
         level=level,
         verdict=_verdict(need, capacity, level, reason or why, fits=bool(suggestions)),
         reason=reason,
         suggestions=suggestions,
-        timing=foresee(profile, runs_folder, except_run),
+        savings=tuple(demand.savings(profile, setting)),
+        download_bytes=demand.download_bytes(profile),
+        timing=timing,
     )
+
+
+def settle(
+    profile: Profile,
+    limit_bytes: int | None = None,
+    *,
+    capacity: Capacity | None = None,
+    setting: Setting | None = None,
+) -> Profile:
+    """The profile with a number and a way in the place of `auto`, so that a run keeps them when it is resumed.
+
+    train.backward: whole where that fits with room to spare, else layerwise. train.micro_batch_size: the largest power
+    of two that does, up to 16; at least 1. Where too little is known, what takes least. `limit_bytes` is as for `plan`.
+    """
+    train = profile.train
+    if train.backward != "auto" and train.micro_batch_size != "auto":
+        return profile
+    setting = setting or this_setting(profile)
+    capacity = _capacity(profile, limit_bytes, capacity)
+
+    def fits(candidate: Profile) -> bool:
+        try:
+            components, _ = _components(candidate, setting)
+        except UnknownShapeError:
+            return False
+        return capacity.judge(_in_mlx(components), sum(components.values()))[0] is Level.GREEN
+
+    def settled(backward: str, size: int) -> Profile:
+        chosen = {"backward": backward, "micro_batch_size": size if train.micro_batch_size == "auto" else train.at_once}
+        return profile.model_copy(update={"train": train.model_copy(update=chosen)})
+
+    backward: str = train.backward
+    if backward == "auto":
+        backward = "whole" if fits(settled("whole", 1)) else "layerwise"
+    share, size = max(1, train.batch_size // setting.ranks), 1
+    if train.micro_batch_size == "auto":
+        while 2 * size <= min(share, _LARGEST_CHOSEN) and fits(settled(backward, 2 * size)):
+            size *= 2
+    return settled(backward, size)
 
 
 def suggest(
@@ -160,12 +219,17 @@ def suggest(
 ) -> tuple[Suggestion, ...]:
     """The nearest settings with which a profile fits, those that change least first.
 
-    Smaller micro-batches (of the same effective batch), then gradient checkpointing, then shorter sequences: each
-    alone where one is enough, else together. Empty where nothing of it fits. `limit_bytes` is as for `plan`.
+    Smaller micro-batches (of the same effective batch), then what else leaves the training as it is (the kind's
+    `less_memory`), then shorter sequences: each alone where one is enough, else together. Empty where nothing of it
+    fits. `limit_bytes` is as for `plan`.
     """
     setting = setting or this_setting(profile)
     capacity = _capacity(profile, limit_bytes, capacity)
-    now, _ = _components(profile, setting)
+    profile = settle(profile, capacity=capacity, setting=setting)
+    try:
+        now, _ = _components(profile, setting)
+    except UnknownShapeError:
+        return ()
     need = sum(now.values())
     red = capacity.judge(_in_mlx(now), need)[0] is Level.RED
 
@@ -176,20 +240,24 @@ def suggest(
             less = sum(components.values())
             level, _ = capacity.judge(_in_mlx(components), less)
             if less < need and (level is None or list(Level).index(level) <= list(Level).index(worst)):
-                return Suggestion(settings, less, need - less, _in_words(profile, changed, setting))
+                words = [*_in_words(profile, changed, setting), *(meaning[it] for it in settings if it in meaning)]
+                return Suggestion(settings, less, need - less, "; ".join(words))
         return None
 
-    micro, checkpointing = list(_smaller_micro_batches(profile, setting)), _checkpointing(profile)
+    meaning = demand_of(profile).less_memory(profile)
+    micro, others = list(_smaller_micro_batches(profile, setting)), tuple(meaning)
     shorter = list(_shorter_sequences(profile))
     smallest = micro[-1:]
+    more_of_others = [others[:count] for count in range(1, len(others) + 1)]
     for enough in (Level.GREEN, Level.YELLOW) if red else (Level.GREEN,):  # with room to spare, or else at all
-        alone = [first_that_fits([(change,) for change in way], enough) for way in (micro, checkpointing, shorter)]
+        ways = [micro, *([other] for other in others), shorter]
+        alone = [first_that_fits([(change,) for change in way], enough) for way in ways]
         if found := [suggestion for suggestion in alone if suggestion]:
             return tuple(found)
         together = chain(
-            ((change, *checkpointing) for change in micro if checkpointing),
-            ((*smallest, change) for change in shorter),
-            ((*smallest, *checkpointing, change) for change in shorter if checkpointing),
+            ((change, *more) for more in more_of_others for change in micro),
+            more_of_others,
+            ((*smallest, *more, change) for more in [(), *more_of_others] for change in shorter),
         )
         if both := first_that_fits(together, enough):
             return (both,)
@@ -249,10 +317,6 @@ def _smaller_micro_batches(profile: Profile, setting: Setting) -> Iterator[str]:
         yield f"train.micro_batch_size={size}"
 
 
-def _checkpointing(profile: Profile) -> list[str]:
-    return [] if profile.train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
-
-
 def _shorter_sequences(profile: Profile) -> Iterator[str]:
     length = profile.train.sequence_length
     while length // 2 >= _SHORTEST:
@@ -266,18 +330,16 @@ def _with(profile: Profile, settings: Sequence[str]) -> Profile:
     return profile
 
 
-def _in_words(profile: Profile, changed: Profile, setting: Setting) -> str:
-    """What the changes mean."""
+def _in_words(profile: Profile, changed: Profile, setting: Setting) -> list[str]:
+    """What a smaller part of a batch and shorter sequences mean."""
     words = []
     before, after = micro_batch(profile, setting.ranks), micro_batch(changed, setting.ranks)
     if after != before:
         times = micro_batches(changed, setting.ranks)
         words.append(f"micro-batch {before} → {after}, {times} of them a step: the same effective batch")
-    if changed.train.gradient_checkpointing and not profile.train.gradient_checkpointing:
-        words.append("gradient checkpointing: the same numbers, about a third slower")
     if (length := changed.train.sequence_length) != profile.train.sequence_length:
         words.append(f"sequences of {length:,} instead of {profile.train.sequence_length:,} tokens: another training")
-    return "; ".join(words)
+    return words
 
 
 def _reason(components: Mapping[str, int], level: Level | None, why: str, *, fits: bool) -> str:

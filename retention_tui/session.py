@@ -86,7 +86,7 @@ class Session:
         """Starts a new run of a profile, `anyway` also where it cannot fit. Raises `UserError` in one line."""
         resolved = load_profile(profile, overrides)
         set_mlx_variables(resolved.host)  # before anything loads MLX; the run says what of it could not be
-        warning = _foresee(resolved, anyway)
+        resolved, warning = _foresee(resolved, anyway)
         with self._starting_alone():
             run = create_run(self.runs_folder, find_profile(profile).stem, _identity(resolved), name)
             return self._launch(run, resolved, None, warning)
@@ -151,7 +151,11 @@ class Session:
 
     def assist(self, profile: str, overrides: Sequence[str] = (), name: str | None = None) -> None:
         """Trains as a rank that only computes: no run directory, no lock, nothing said."""
-        self._assist(self.runs_folder / (name or "run"), load_profile(profile, overrides))
+        resolved = load_profile(profile, overrides)
+        set_mlx_variables(resolved.host)
+        from engine.planner import settle  # loads MLX
+
+        self._assist(self.runs_folder / (name or "run"), settle(resolved))
 
     def assist_resume(self, run: str) -> None:
         """As `assist`, for a run that is resumed: what it goes on from comes from rank 0."""
@@ -281,15 +285,18 @@ def _warned(run: RunDirectory) -> str:
     from engine.planner import profile_of  # loads MLX
 
     with contextlib.suppress(UserError):  # what is damaged, its opening tells better
-        return _foresee(profile_of(run), anyway=True)
+        return _foresee(profile_of(run), anyway=True)[1]
     return ""
 
 
-def _foresee(profile: Profile, anyway: bool) -> str:
-    """What a run's plan warns of; raises `UserError` where this machine has not enough memory, except `anyway`."""
+def _foresee(profile: Profile, anyway: bool) -> tuple[Profile, str]:
+    """A run's profile with nothing left to choose, and what its plan warns of.
+
+    Raises `UserError` where this machine has not enough memory, except `anyway`.
+    """
     from engine.planner import plan, refuse_what_cannot_fit  # loads MLX
 
     made = plan(profile)
     if not anyway:
         refuse_what_cannot_fit(made)
-    return made.warning
+    return made.profile, made.warning

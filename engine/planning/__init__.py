@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from engine.errors import UserError
 from engine.profile import Profile
 
 FROZEN = "frozen_weights"
@@ -20,6 +21,13 @@ UPDATE = "update"
 DATA = "data"
 IN_MLX = (FROZEN, TRAINED, COPIES, OPTIMIZER, GRADIENTS, ACTIVATIONS, LOGITS, STATES, UPDATE, DATA)
 """Components of MLX's peak, in the order in which they are told; `UPDATE` is what the optimizer makes anew."""
+
+CHECKPOINTING: Mapping[str, str] = {
+    "train.gradient_checkpointing=true": "gradient checkpointing: the same numbers, about a third slower"
+}
+LAYERWISE: Mapping[str, str] = {
+    "train.backward=layerwise": "layer by layer: the same numbers, the least memory, somewhat slower"
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,26 @@ class Moment:
         return sum(self.bytes.values())
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Bytes of a step's peak that a measure saves, or would save where it is not `taken`."""
+
+    name: str
+    bytes: int
+    taken: bool
+    words: str
+    """What it is instead of."""
+
+
+class UnknownShapeError(UserError):
+    """Nothing is wrong, but the shape of what is trained is not known yet."""
+
+
 class Demand(Protocol):
-    """What one kind of run demands. A module of engine/planning/ is one; it is pure arithmetic on a profile."""
+    """What one kind of run demands. A module of engine/planning/ is one; it is arithmetic on a profile.
+
+    Each raises `UnknownShapeError` where the shape of what is trained is not known before it is downloaded.
+    """
 
     def parameters(self, profile: Profile) -> int:
         """Numbers that the model consists of."""
@@ -61,13 +87,27 @@ class Demand(Protocol):
     def operations(self, profile: Profile) -> float:
         """Floating-point operations of a whole step, a product and its sum counted as two."""
 
+    def less_memory(self, profile: Profile) -> Mapping[str, str]:
+        """Settings, beside smaller parts of a batch, that take less and leave the training what it is; the mildest
+        first, each with what it means."""
+
+    def savings(self, profile: Profile, setting: Setting) -> list[Saving]:
+        """What each measure against memory saves."""
+
+    def download_bytes(self, profile: Profile) -> int:
+        """What has to be downloaded first."""
+
 
 def demand_of(profile: Profile) -> Demand:
     """The arithmetic of a profile's kind."""
-    from engine.planning import retention_lm  # a kind's imports are paid for when it is planned
+    # A kind's imports are paid for when it is planned.
+    if profile.kind == "lora":
+        from engine.planning import lora
 
-    kinds: dict[str, Demand] = {"retention-lm": retention_lm}
-    return kinds[profile.kind]
+        return lora
+    from engine.planning import retention_lm
+
+    return retention_lm
 
 
 def micro_batch(profile: Profile, ranks: int = 1) -> int:

@@ -91,15 +91,14 @@ def foresee(profile: Profile, runs_folder: Path | None, except_run: str | None =
         chosen = max(alike, key=lambda sample: (sample.measured or sample.steps >= _ENOUGH_STEPS, sample.time))
         source: Literal["measured", "earlier runs"] = "measured" if chosen.measured else "earlier runs"
         return Timing(**head, seconds_a_step=chosen.seconds_a_step, source=source, samples=chosen.steps)
-    operations = demand_of(profile).operations(profile)
-
-    def distance(sample: _Sample) -> float:
-        return abs(math.log(operations / demand_of(sample.profile).operations(sample.profile)))
-
-    nearest = min(samples, key=distance)
-    factor = operations / demand_of(nearest.profile).operations(nearest.profile)
-    seconds = nearest.seconds_a_step * factor
-    return Timing(**head, seconds_a_step=seconds, source="estimate", samples=nearest.steps)
+    operations = _operations(profile)
+    # One kind's operations take another time than another's.
+    known = [(sample, _operations(sample.profile)) for sample in samples if sample.profile.kind == profile.kind]
+    factors = [(operations / theirs, sample) for sample, theirs in known if operations and theirs]
+    if not factors:
+        return Timing(**head)
+    factor, nearest = min(factors, key=lambda found: abs(math.log(found[0])))
+    return Timing(**head, seconds_a_step=nearest.seconds_a_step * factor, source="estimate", samples=nearest.steps)
 
 
 def remember(profile: Profile, seconds_a_step: float, steps: int) -> None:
@@ -170,6 +169,14 @@ def _shape(profile: Profile) -> tuple[Any, ...]:
         train.dtype,
     )
     return (profile.kind, *demand_of(profile).shape(profile), *size)
+
+
+def _operations(profile: Profile) -> float | None:
+    """None where the shape of what is trained is not known, or it is wrong."""
+    try:
+        return demand_of(profile).operations(profile)
+    except UserError:
+        return None
 
 
 def _total_steps(profile: Profile) -> int | None:

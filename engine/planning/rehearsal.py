@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.backend import mx
-from engine.models.retention_lm import RetentionLM
-from engine.profile import Profile, RetentionProfile
-from engine.tasks import Batch
+from engine.profile import LoRAProfile, Profile, RetentionProfile
+from engine.tasks import Batch, Task
 from engine.tasks.retention_lm import RetentionLMTask, model_config
 
 
@@ -18,18 +17,21 @@ class RetentionLMRehearsal(RetentionLMTask):
         self._profile = profile
         self._borrowed = None
         self._config = model_config(profile.model)
-        self.model = RetentionLM(self._config)
-        self.model.gradient_checkpointing = profile.train.gradient_checkpointing
+        self._make_model()
 
     def batch(self, examples: Sequence[int]) -> Batch:
         count, length = len(examples), self._profile.train.sequence_length
         rows = mx.random.randint(0, self._config.vocab_size, (count, length + 1), dtype=mx.int32)
         lengths = mx.full((count,), length, dtype=mx.int32)
         mx.eval(rows, lengths)
-        return Batch((rows, lengths), count * length)
+        return Batch((rows, lengths), *(3 * (count * length,)))
 
 
-def rehearsal(profile: Profile) -> RetentionLMRehearsal:
+def rehearsal(profile: Profile) -> Task:
     """The task of a profile's kind, with random data."""
+    if isinstance(profile, LoRAProfile):
+        from engine.planning.rehearsal_lora import LoRARehearsal  # loads mlx-lm, which takes a second
+
+        return LoRARehearsal(profile)
     assert isinstance(profile, RetentionProfile)
     return RetentionLMRehearsal(profile)

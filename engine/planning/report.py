@@ -17,6 +17,7 @@ def as_table(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
         "kind": plan.profile.kind,
         "parameters": plan.parameters,
         "device": capacity.device,
+        "backward": plan.profile.train.backward,
         "micro_batch_size": plan.micro_batch_size,
         "accumulation": plan.accumulation,
         "predicted_peak_bytes": plan.predicted_peak_bytes,
@@ -38,6 +39,8 @@ def as_table(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
         "sentence": plan.verdict,
         "reason": plan.reason,
         "suggestions": [{**asdict(suggestion), "options": suggestion.options} for suggestion in plan.suggestions],
+        "savings": [asdict(saving) for saving in plan.savings],
+        "download_bytes": plan.download_bytes,
         "time": {
             "steps": timing.steps,
             "seconds_a_step": timing.seconds_a_step,

@@ -14,6 +14,7 @@ takes milliseconds, the peak depends on who is faster, host or GPU, and differs 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from engine.ops.losses import LOGITS_AT_ONCE
 from engine.ops.power_retention import LARGEST_HEAD_DIM_OF_POWER_4, state_features
 from engine.planning import (
     ACTIVATIONS,
+    CHECKPOINTING,
     COPIES,
     DATA,
     GRADIENTS,
@@ -32,6 +34,7 @@ from engine.planning import (
     TRAINED,
     UPDATE,
     Moment,
+    Saving,
     Setting,
     micro_batch,
     micro_batches,
@@ -190,6 +193,21 @@ def operations(profile: Profile) -> float:
         again = 1.0 if train.gradient_checkpointing else 0.0
     layers = shape.layers * (matrices * (4 if train.gradient_checkpointing else 3) + op * (3 + again))
     return train.batch_size * length * (layers + 3 * 2.0 * shape.vocab_size * shape.width)
+
+
+def less_memory(profile: Profile) -> Mapping[str, str]:
+    """See `engine.planning.Demand`."""
+    return {} if profile.train.gradient_checkpointing else CHECKPOINTING
+
+
+def savings(profile: Profile, setting: Setting) -> list[Saving]:
+    """See `engine.planning.Demand`."""
+    return []
+
+
+def download_bytes(profile: Profile) -> int:
+    """Nothing is."""
+    return 0
 
 
 def _layer(shape: RetentionLMConfig, sequences: int, time: int, setting: Setting) -> _Layer:
