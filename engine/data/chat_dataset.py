@@ -183,16 +183,11 @@ class _Reader:
 
     def _tokenized(self, chunk: Sequence[PlainText | Conversation]) -> Iterator[_Tokens]:
         """All texts of a chunk, and those that its answers begin and end with, go to the tokenizer together."""
-        wholes, parts = [], []
-        for source in chunk:
-            whole, around = self._written(source)
-            wholes.append(whole)
-            parts.append(around)
-        texts = iter(self._ids([*wholes, *(text for around in parts for text in around)]))
-        rows = [next(texts) for _ in wholes]
-        for ids, around in zip(rows, parts, strict=True):
-            borders = [next(texts) for _ in around]
-            yield _Tokens(ids, self._mask(ids, borders))
+        written = [self._written(source) for source in chunk]
+        texts = list(dict.fromkeys(text for whole, borders in written for text in (whole, *borders)))
+        ids = dict(zip(texts, self._ids(texts), strict=True))
+        for whole, borders in written:
+            yield _Tokens(ids[whole], self._mask(ids[whole], [ids[border] for border in borders]))
 
     def _written(self, source: PlainText | Conversation) -> tuple[str, list[str]]:
         """A row's text, and its beginnings up to where each answer begins and where it ends."""
@@ -246,8 +241,8 @@ def _split(rows: list[_Tokens], fraction: float, seed: int) -> tuple[list[_Token
     groups = list(alike.values())
     if len(groups) < 2:
         raise UserError(
-            f"data: {len(rows)} rows, all alike once they are cut to train.sequence_length, cannot be split into some to "
-            "learn from and some held out; give more, or data.heldout_files"
+            f"data: {len(rows)} rows, all alike once they are cut to train.sequence_length, cannot be split into some "
+            "to learn from and some held out; give more, or data.heldout_files"
         )
     held: set[int] = set()
     for place in _shuffled(len(groups), seed, _SPLIT)[1:]:

@@ -72,8 +72,8 @@ class Summary:
         if self.truncated_rows:
             share = self.truncated_rows / (self.rows + self.heldout_rows)
             lines.append(
-                f"data: {self.truncated_rows:,} rows ({share:.1%}) truncated to {self.sequence_length:,} tokens, "
-                f"{self.truncated_tokens:,} tokens cut off; train.sequence_length is the limit"
+                f"data: {self.truncated_rows:,} rows ({100 * share:.1f} %) truncated to {self.sequence_length:,} "
+                f"tokens, {self.truncated_tokens:,} tokens cut off; train.sequence_length is the limit"
             )
         if self.repeated_rows:
             lines.append(f"data: {self.repeated_rows:,} of the held-out rows are learned too")
@@ -82,4 +82,4 @@ class Summary:
     def _share_learned(self) -> str:
         if self.loss_on == "all":
             return "all of them learned"
-        return f"{self.counted / self.tokens:.0%} of them answers"
+        return f"{100 * self.counted / self.tokens:.0f} % of them answers"

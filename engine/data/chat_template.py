@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jinja2
 from engine.data.conversations import Conversation
 from engine.errors import UserError
 
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _A_DAY = datetime(2024, 7, 26)  # what Llama 3's own template falls back to
 
 
@@ -44,8 +46,9 @@ class ChatTemplate:
                 'data.chat_template, or rows of plain text and data.format = "text"'
             )
         self._apply = tokenizer.apply_chat_template
-        dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None) or "")
-        self._given = {"strftime_now": _A_DAY.strftime} if dated else {}
+        self._given: dict[str, Any] = {}
+        if isinstance(template := tokenizer.chat_template, str) and _TODAY.search(template):
+            self._given["chat_template"] = _TODAY.sub(lambda call: repr(_A_DAY.strftime(call[2])), template)
 
     def render(self, conversation: Conversation, upto: int | None = None, *, asking: bool = False) -> str:
         """The text of the first `upto` messages, of all by default.
@@ -74,13 +77,14 @@ class ChatTemplate:
         last = place == len(conversation.messages) - 1
         end = whole if last else self.render(conversation, place + 1)
         before = self.render(conversation, place, asking=True)
-        if not whole.startswith(before):  # a prompt may hold more, such as the beginning of a thought
-            bare = self.render(conversation, place)
-            before = _common(whole, before) if whole.startswith(bare) else ""
-        if not before or not whole.startswith(end):
+        told_apart = whole.startswith(before)
+        if not told_apart:  # a prompt may hold more, such as the beginning of a thought
+            bare, before = self.render(conversation, place), _common(whole, before)
+            told_apart = whole.startswith(bare) and len(before) > len(bare)
+        if not told_apart or not whole.startswith(end):
             raise UserError(
-                f"{conversation.origin}: the chat template writes the messages up to answer {place + 1} otherwise than "
-                "in the whole conversation, so that answer cannot be told apart; "
+                f"{conversation.origin}: the chat template writes the beginning up to message {place + 1} otherwise "
+                "than the whole conversation, so that answer cannot be told apart; "
                 f'set data.loss_on = "{"all" if last else "last-answer"}"'
             )
         return before, end

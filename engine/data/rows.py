@@ -63,19 +63,24 @@ def _of_dataset(data: ChatData, split: str, keys: Collection[str], loading: Load
     from engine.hub import fetch_dataset
 
     files = fetch_dataset(str(data.dataset), data.dataset_config, split, loading)
-    return _of_files(files, f"data.dataset {data.dataset}", keys, loading)
+    return _of_files(files, "data.dataset", keys, loading, within=f"{data.dataset}/")
 
 
-def _of_files(files: list[Path], key: str, keys: Collection[str], loading: Loading) -> list[Row]:
+def _of_files(
+    files: list[Path], key: str, keys: Collection[str], loading: Loading, within: str | None = None
+) -> list[Row]:
+    """`within` stands for the folder, where that is a place in a cache which says nothing."""
     rows: list[Row] = []
     for path in files:
         before = len(rows)
-        for row in _of_parquet(path, keys) if path.suffix.lower() == ".parquet" else _of_jsonl(path):
+        name = str(path) if within is None else within + path.name
+        read = _of_parquet(path, name, keys) if path.suffix.lower() == ".parquet" else _of_jsonl(path, name)
+        for row in read:
             rows.append(row)
             if len(rows) % _READ_AT_ONCE == 0:
                 loading.progress("reading rows", len(rows), None, "rows")
         if len(rows) == before:
-            raise UserError(f"{key}: {path}: no row in it; give a file with rows")
+            raise UserError(f"{key}: {name}: no row in it; give a file with rows")
     return rows
 
 
@@ -109,16 +114,16 @@ def _in_folder(folder: Path, stems: tuple[str, ...]) -> list[Path]:
     return []
 
 
-def _of_jsonl(path: Path) -> Iterator[Row]:
+def _of_jsonl(path: Path, name: str) -> Iterator[Row]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                origin = f"{path}: line {number}"
+                origin = f"{name}: line {number}"
                 text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, origin)
                 if text.strip():
                     yield Row(_parsed(text, origin), origin)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{name}: {error.strerror or error}") from None
 
 
 def _decoded(line: bytes, origin: str) -> str:
@@ -143,22 +148,22 @@ def _parsed(text: str, origin: str) -> dict[str, Any]:
     return values
 
 
-def _of_parquet(path: Path, keys: Collection[str]) -> Iterator[Row]:
+def _of_parquet(path: Path, name: str, keys: Collection[str]) -> Iterator[Row]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in keys] or None
+            columns = [column for column in file.schema_arrow.names if column in keys] or None
             number = 0
             for batch in file.iter_batches(batch_size=_READ_AT_ONCE, columns=columns):
                 for values in batch.to_pylist():
                     number += 1
                     filled = {key: _without_nulls(value) for key, value in values.items()}
-                    yield Row(filled, f"{path}: row {number}")
+                    yield Row(filled, f"{name}: row {number}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read as Parquet ({reason}); is it whole?") from None
+        raise UserError(f"{name}: cannot be read as Parquet ({reason}); is it whole?") from None
 
 
 def _without_nulls(value: Any) -> Any:
