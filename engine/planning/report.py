@@ -12,16 +12,17 @@ from engine.planning.measure import Measured
 
 def as_table(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
     """Sizes are bytes, times seconds, moments seconds since the epoch; None is unknown."""
-    now, timing, capacity, tightest = time.time(), plan.timing, plan.capacity, plan.tightest
+    now, timing, capacity, known = time.time(), plan.timing, plan.capacity, bool(plan.components)
+    tightest = plan.tightest if known else None
     table: dict[str, Any] = {
         "kind": plan.profile.kind,
-        "parameters": plan.parameters,
+        "parameters": plan.parameters if known else None,
         "device": capacity.device,
         "backward": plan.profile.train.backward,
         "micro_batch_size": plan.micro_batch_size,
         "accumulation": plan.accumulation,
-        "predicted_peak_bytes": plan.predicted_peak_bytes,
-        "need_bytes": plan.need_bytes,
+        "predicted_peak_bytes": plan.predicted_peak_bytes if known else None,
+        "need_bytes": plan.need_bytes if known else None,
         "components": dict(plan.components),
         "moment": plan.moment,
         "activations": {
@@ -40,7 +41,7 @@ def as_table(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
         "reason": plan.reason,
         "suggestions": [{**asdict(suggestion), "options": suggestion.options} for suggestion in plan.suggestions],
         "savings": [asdict(saving) for saving in plan.savings],
-        "download_bytes": plan.download_bytes,
+        "download_bytes": plan.download_bytes if known else None,
         "time": {
             "steps": timing.steps,
             "seconds_a_step": timing.seconds_a_step,

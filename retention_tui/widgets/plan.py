@@ -118,7 +118,7 @@ def page(table: Table, progress: Progress, width: int = 80) -> list[Content]:
         row = _row(NAMES[name], size, known.get(_MEASURED.get(name, name)))
         lines.append(row + _share(name, size, table, width - row.cell_length - 3))
     for name, key in _TOTALS.items():
-        lines.append(_row(name, table[key], metrics.get(_MEASURED[name])))
+        lines.append(_row(name, table[key] or 0, metrics.get(_MEASURED[name])))
     planned, rate = table["time"]["seconds_a_step"], metrics.get("steps_per_second")
     said = f"{1 / planned:.3g} it/s" if planned else wording.MISSING
     so_far = f"{rate:.3g} it/s" if rate else wording.MISSING
