@@ -18,7 +18,7 @@ import tokenizers
 
 from engine.backend import mx
 from engine.data.packing import PackedSequences, batch_indices
-from engine.data.python_docs import fingerprint
+from engine.data.text import source_digest
 from engine.data.text_dataset import cache_folder, load_text_data
 from engine.data.tokenizers import Tokenizer
 from engine.durable import sync_path
@@ -42,6 +42,8 @@ CHAT_TEMPLATE = (
 )
 """Plain words, because the vocabulary has no tokens for roles; an answer ends with the end of text."""
 
+PYTHON_DOCS = TextData(builtin="python-docs")
+
 _FORMAT = 1
 """Raise it when the same settings and text come to give another model."""
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -61,24 +63,28 @@ class Pretraining:
     batch_size: int = 8
     sequence_length: int = 128
     learning_rate: float = 4e-3
-    warmup_steps: int = 80
 
 
-def demo_llama(loading: Loading, settings: Pretraining = Pretraining(), cache: Path | None = None) -> Path:
+def demo_llama(
+    loading: Loading,
+    settings: Pretraining = Pretraining(),
+    text: TextData = PYTHON_DOCS,
+    cache: Path | None = None,
+) -> Path:
     """The folder of the demo's base: config.json, model.safetensors and a tokenizer, as on the Hugging Face hub.
 
     The first call pretrains it, in a minute or two on two cores; later ones find it in the cache, keyed by its
-    settings and its text. `cache` is the folder to use instead of the one beside the packed text. Raises `Interrupted`
+    settings and by `text`. `cache` is the folder to use instead of the one beside the packed text. Raises `Interrupted`
     where the run was asked to end, which leaves nothing behind, and `UserError` where the cache cannot be written.
     """
     folder = cache or cache_folder().parent / "models"
-    entry = folder / f"python-docs-{_key(settings)}"
+    entry = folder / f"demo-llama-{_key(settings, text)}"
     try:
         if not _is_whole(entry):
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(entry.with_suffix(".lock"), loading):
                 if not _is_whole(entry):
-                    _build(entry, settings, loading)
+                    _build(entry, settings, text, loading)
     except OSError as error:
         raise UserError(
             f"model cache {folder}: {error.strerror or error}; "
@@ -109,8 +115,8 @@ def demo_config(settings: Pretraining = Pretraining(), end_of_text: int = 0) -> 
     }
 
 
-def _key(settings: Pretraining) -> str:
-    source = json.dumps([_FORMAT, CHAT_TEMPLATE, asdict(settings), fingerprint(), tokenizers.__version__])
+def _key(settings: Pretraining, text: TextData) -> str:
+    source = json.dumps([_FORMAT, CHAT_TEMPLATE, asdict(settings), source_digest(text, _SEED), tokenizers.__version__])
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
@@ -118,12 +124,13 @@ def _is_whole(entry: Path) -> bool:
     return all((entry / name).is_file() for name in _FILES)
 
 
-def _build(entry: Path, settings: Pretraining, loading: Loading) -> None:
+def _build(entry: Path, settings: Pretraining, text: TextData, loading: Loading) -> None:
     """Builds beside the entry and renames, so that an entry is whole or absent."""
     for abandoned in entry.parent.glob(f".building-{entry.name}-*"):  # the lock is ours: its builder was killed
         shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".building-{entry.name}-") as temporary:
-        data = load_text_data(TextData(builtin="python-docs"), settings.vocab_size, settings.sequence_length, _SEED)
+        loading.progress("reading the text of the demo's base", 0, None)
+        data = load_text_data(text, settings.vocab_size, settings.sequence_length, _SEED)
         config = demo_config(settings, data.tokenizer.end_of_text)
         model = _pretrain(config, data.train, settings, loading)
         built = Path(temporary, "entry")
@@ -140,13 +147,10 @@ def _pretrain(
     """Next-token prediction with AdamW, in float32."""
     mx.random.seed(_SEED)
     model = llama.Model(llama.ModelArgs.from_dict(config))
-    schedule = optim.join_schedules(
-        [
-            optim.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps),
-            optim.cosine_decay(settings.learning_rate, settings.steps - settings.warmup_steps),
-        ],
-        [settings.warmup_steps],
-    )
+    warmup = 1 + settings.steps // 12
+    rise = optim.linear_schedule(0.0, settings.learning_rate, warmup)
+    fall = optim.cosine_decay(settings.learning_rate, max(1, settings.steps - warmup))
+    schedule = optim.join_schedules([rise, fall], [warmup])
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
     tokens = settings.batch_size * settings.sequence_length
 
