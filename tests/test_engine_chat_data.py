@@ -20,7 +20,7 @@ from tiny_llama import TEMPLATE, tiny_row, write_rows, write_tiny_llama
 
 from engine.commands import Command, Stop
 from engine.data.chat_dataset import ChatDataset, Examples, load_chat_data
-from engine.data.length_batches import examples_of, real_share
+from engine.data.length_batches import examples_of
 from engine.data.packing import order
 from engine.data.python_questions import CLOSING, OPENING
 from engine.errors import UserError
@@ -328,7 +328,7 @@ def test_a_folder_is_mlx_lms(tokenizer: Any, tmp_path: Path) -> None:
 def test_held_out_rows_that_are_learned_too_are_said(tokenizer: Any, tmp_path: Path) -> None:
     write_rows(tmp_path, 9)
     write_rows(tmp_path, 2, name="valid")
-    assert any("2 of the held-out rows are learned too" in line for line in texts_of(tokenizer, files=[str(tmp_path)]))
+    assert any("2 of 2 held-out rows are learned too" in line for line in texts_of(tokenizer, files=[str(tmp_path)]))
 
 
 def texts_of(tokenizer: Any, length: int = PLENTY, **data: Any) -> list[str]:
@@ -354,7 +354,7 @@ def test_equal_rows_fall_on_one_side(
     ]
     assert len(found.train) + len(found.heldout) == len(rows)
     assert all(sides) and not sides[0] & sides[1]
-    allowed = max(fraction * len(rows) + max(copies) / 2, min(copies))
+    allowed = max(fraction * len(rows) + max(copies) / 2, *sorted(copies)[:2])
     assert len(found.heldout) <= allowed
 
 
@@ -402,7 +402,7 @@ def test_rows_whose_answer_is_cut_off_are_left_out_and_said(tokenizer: Any, tmp_
     found = load(tokenizer, 40, files=files, loss_on="answers")
     assert len(found.train) + len(found.heldout) == 2 and found.summary.truncated_rows == 0
     (line,) = [line for line in texts_of(tokenizer, 40, files=files, loss_on="answers") if "left out" in line]
-    assert "1 rows" in line and "rows.jsonl: line 3" in line and "40 tokens" in line
+    assert "1 row left out" in line and "rows.jsonl: line 3" in line and "40 tokens" in line
     assert load(tokenizer, 40, files=files).summary.truncated_rows == 1  # there is something to learn in its beginning
     with pytest.raises(UserError, match="none of the 3 rows"):
         load(tokenizer, 4, files=files, loss_on="answers")
@@ -451,7 +451,7 @@ BAD_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "without marker": ([{"text": "a"}], {"loss_on": "answers", "answer_after": "A:"}, "line 1: has no 'A:'"),
     "nothing after": ([{"text": "a A: "}], {"loss_on": "answers", "answer_after": "A:"}, "line 1: the answer is empty"),
     "no INST": ([{"text": "[INST] a [/INST] b"}, {"text": "a"}], {}, "line 2: does not begin with [INST]"),
-    "open INST": ([{"text": "<s>[INST] a"}], {}, "line 1: turn 1 has no [/INST]"),
+    "open INST": ([{"text": "<s>[INST] a"}], {}, "line 1: an [INST] has no [/INST]"),
     "silent INST": ([{"text": "<s>[INST] a [/INST] </s>"}], {}, "line 1: the answer is empty"),
     "odd role": ([{"message_id": "a", "parent_id": None, "role": "user", "text": "a"}], {}, "line 1: role is 'user'"),
     "twice": ([{"message_id": "a", "parent_id": None, "role": "prompter", "text": "a"}] * 2, {}, "line 2: message_id"),
@@ -543,11 +543,19 @@ def test_rows_of_others_are_left_out_where_they_are_empty(
     split = cached / "snapshots" / ("0" * 40) / "default/train"
     split.mkdir(parents=True)
     rows = [{"instruction": ask, "input": None, "output": answer} for ask, answer in TALKS[1:]]
-    pq.write_table(pa.Table.from_pylist([*rows, {"instruction": "a", "output": ""}]), split / "0000.parquet")
+    empty = {"instruction": "a", "output": ""}
+    pq.write_table(pa.Table.from_pylist([*rows, empty, empty]), split / "0000.parquet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = load(tokenizer, dataset="owner/name")
     assert len(found.train) + len(found.heldout) == 3
-    assert list(found.summary.left_out.values()) == [(1, "owner/name/0000.parquet: row 4")]
+    assert found.summary.left_out == {"the answer is empty": (2, "owner/name/0000.parquet: row 4")}
+    wary = "{% if messages[0].content == 'Who?' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    found = load(with_template(tmp_path / "model", wary), dataset="owner/name")
+    assert found.summary.left_out["the chat template refuses it"] == (1, "owner/name/0000.parquet: row 1")
+    refusing = with_template(tmp_path / "model", "{{ raise_exception('no') }}")
+    assert "3: the chat template refuses it" in refused(refusing, dataset="owner/name")
+    pq.write_table(pa.Table.from_pylist([empty]), split / "0000.parquet")
+    assert "none of the 1 rows can be learned from (1: the answer is empty)" in refused(tokenizer, dataset="owner/name")
 
 
 def test_a_run_that_shall_end_is_not_made_to_wait(tokenizer: Any, tmp_path: Path) -> None:
@@ -602,9 +610,10 @@ def test_rows_of_like_length_meet_but_batches_stay_mixed() -> None:
         return float(lengths[batches].sum() / (longest * batches.shape[1]).sum())
 
     at_random = share(order(len(lengths), 0, 0).reshape(-1, 4))
-    assert real_share(lengths, 4, 4, seed=0) > 0.8 > at_random + 0.2
     steps = [examples_of(lengths, 4, step, 0) for step in range(1, 1501)]
-    assert share(np.stack(steps)) == pytest.approx(real_share(lengths, 4, 4, seed=0))
+    assert share(np.stack(steps)) > 0.8 > at_random + 0.2
+    together = np.stack([examples_of(lengths, 128, step, 0).reshape(-1, 4) for step in range(1, 41)])
+    assert share(together.reshape(-1, 4)) > 0.8  # micro-batches of a large batch
     # Long and short batches follow each other without a trend: the mean of a hundred of them is near that of all.
     means = np.array([lengths[chosen].mean() for chosen in steps]).reshape(-1, 100).mean(axis=1)
     assert abs(means / lengths.mean() - 1).max() < 0.35

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.data.chat_summary import Lengths, Summary
 from engine.data.chat_template import ChatTemplate, use_template
-from engine.data.conversations import Conversation, LeftOut, PlainText, conversations, format_of, keys_of
+from engine.data.conversations import Conversation, LeftOut, PlainText, Unusable, conversations, format_of, keys_of
 from engine.data.rows import Row, read_rows
 from engine.errors import UserError
 from engine.loading import Loading
@@ -169,25 +169,30 @@ class _Reader:
         for start in range(0, len(meant), _TOKENIZED_AT_ONCE):
             self._loading.progress("tokenizing", start, len(meant), "rows")
             chunk = meant[start : start + _TOKENIZED_AT_ONCE]
-            for source, row in zip(chunk, self._tokenized(chunk), strict=True):
+            for origin, row in self._tokenized(chunk):
                 if len(row.ids) < 2:
-                    self.left_out.add("a single token, which predicts nothing", source.origin)
+                    self.left_out.add("a single token, which predicts nothing", origin)
                 elif not row.counted[:most].any():
                     reason = f"the answer begins after {self.sequence_length:,} tokens (train.sequence_length)"
-                    self.left_out.add(reason, source.origin)
+                    self.left_out.add(reason, origin)
                 else:
                     self.truncated_rows += len(row.ids) > most
                     self.truncated_tokens += max(len(row.ids) - most, 0)
                     yield _Tokens(row.ids[:most], row.counted[:most])
         self._loading.progress("tokenizing", len(meant), len(meant), "rows")
 
-    def _tokenized(self, chunk: Sequence[PlainText | Conversation]) -> Iterator[_Tokens]:
-        """All texts of a chunk, and those that its answers begin and end with, go to the tokenizer together."""
-        written = [self._written(source) for source in chunk]
-        texts = list(dict.fromkeys(text for whole, borders in written for text in (whole, *borders)))
-        ids = dict(zip(texts, self._ids(texts), strict=True))
-        for whole, borders in written:
-            yield _Tokens(ids[whole], self._mask(ids[whole], [ids[border] for border in borders]))
+    def _tokenized(self, chunk: Sequence[PlainText | Conversation]) -> Iterator[tuple[str, _Tokens]]:
+        """Each row with its origin. All texts of a chunk, and their beginnings, go to the tokenizer together."""
+        written = []
+        for source in chunk:
+            try:
+                written.append((source.origin, *self._written(source)))
+            except Unusable as error:
+                self.left_out.judge(error)
+        texts = list(dict.fromkeys(text for _, whole, borders in written for text in (whole, *borders)))
+        ids = dict(zip(texts, self._ids(texts) if texts else [], strict=True))
+        for origin, whole, borders in written:
+            yield origin, _Tokens(ids[whole], self._mask(ids[whole], [ids[border] for border in borders]))
 
     def _written(self, source: PlainText | Conversation) -> tuple[str, list[str]]:
         """A row's text, and its beginnings up to where each answer begins and where it ends."""
@@ -245,10 +250,11 @@ def _split(rows: list[_Tokens], fraction: float, seed: int) -> tuple[list[_Token
             "to learn from and some held out; give more, or data.heldout_files"
         )
     held: set[int] = set()
-    for place in _shuffled(len(groups), seed, _SPLIT)[1:]:
-        if len(held) + len(groups[place]) / 2 <= fraction * len(rows):
-            held.update(groups[place])
-    held = held or {*min(groups, key=len)}
+    _, *others = [groups[place] for place in _shuffled(len(groups), seed, _SPLIT)]  # one of them is learned at least
+    for group in others:
+        if len(held) + len(group) / 2 <= fraction * len(rows):
+            held.update(group)
+    held = held or {*min(others, key=len)}
     train = [row for index, row in enumerate(rows) if index not in held]
     return train, [rows[index] for index in sorted(held)]
 

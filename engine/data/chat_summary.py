@@ -57,7 +57,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         return [
-            f"data: {self.rows:,} rows to learn from, {self.heldout_rows:,} held out, format {self.format}; "
+            f"data: {_rows(self.rows)} to learn from, {self.heldout_rows:,} held out, format {self.format}; "
             f"{self.tokens:,} tokens, {self._share_learned()}",
             f"lengths {self.lengths.shortest:,} to {self.lengths.longest:,}, median {self.lengths.median:,}, "
             f"90 % up to {self.lengths.p90:,}: {self.lengths.bars()}",
@@ -66,20 +66,24 @@ class Summary:
     def warnings(self) -> list[str]:
         """What was not taken as it was."""
         lines = [
-            f"data: {count:,} rows left out: {reason} (the first is {first})"
+            f"data: {_rows(count)} left out: {reason} (the first is {first})"
             for reason, (count, first) in self.left_out.items()
         ]
         if self.truncated_rows:
             share = self.truncated_rows / (self.rows + self.heldout_rows)
             lines.append(
-                f"data: {self.truncated_rows:,} rows ({100 * share:.1f} %) truncated to {self.sequence_length:,} "
+                f"data: {_rows(self.truncated_rows)} ({100 * share:.1f} %) truncated to {self.sequence_length:,} "
                 f"tokens, {self.truncated_tokens:,} tokens cut off; train.sequence_length is the limit"
             )
         if self.repeated_rows:
-            lines.append(f"data: {self.repeated_rows:,} of the held-out rows are learned too")
+            lines.append(f"data: {self.repeated_rows:,} of {self.heldout_rows:,} held-out rows are learned too")
         return lines
 
     def _share_learned(self) -> str:
         if self.loss_on == "all":
             return "all of them learned"
         return f"{100 * self.counted / self.tokens:.0f} % of them answers"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"

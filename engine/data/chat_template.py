@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from engine.data.conversations import Conversation
+from engine.data.conversations import Conversation, Unusable
 from engine.errors import UserError
 
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -53,7 +53,8 @@ class ChatTemplate:
     def render(self, conversation: Conversation, upto: int | None = None, *, asking: bool = False) -> str:
         """The text of the first `upto` messages, of all by default.
 
-        `asking` adds what an answer begins with. Raises `UserError` with file and line.
+        `asking` adds what an answer begins with. Raises `Unusable` where the template refuses the conversation, and
+        `UserError` where it is no template.
         """
         try:
             return self._apply(
@@ -66,7 +67,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"data: the chat template is not valid Jinja: line {error.lineno}: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
-            raise UserError(f"{conversation.origin}: the chat template refuses it: {error}") from None
+            raise Unusable(conversation.origin, "the chat template refuses it", error) from None
 
     def around(self, conversation: Conversation, whole: str, place: int) -> tuple[str, str]:
         """The text before the answer that is message `place`, and the text up to its end.

@@ -33,10 +33,10 @@ class Conversation:
 
 
 class Unusable(UserError):
-    """A row that is well formed, but has nothing to learn."""
+    """A row that cannot be learned from, for what it says and not for want of its keys."""
 
-    def __init__(self, origin: str, reason: str) -> None:
-        super().__init__(f"{origin}: {reason}; mend the row or leave it out")
+    def __init__(self, origin: str, reason: str, detail: object = None) -> None:
+        super().__init__(f"{origin}: {reason}{f' ({detail})' if detail else ''}; mend the row or take it out")
         self.reason = reason
         self.origin = origin
 
@@ -201,13 +201,13 @@ def _of_llama2(row: Row, data: ChatData) -> Conversation:
     """`<s>[INST] <<SYS>>…<</SYS>> question [/INST] answer </s><s>[INST] …`, as Llama 2's template wrote it."""
     before, *turns = _INSTRUCTION.split(_text(row, data.text_key))
     if before.strip() or not turns:
-        raise UserError(f"{row.origin}: does not begin with [INST]; a row is <s>[INST] question [/INST] answer </s>")
-    messages = []
-    for place, turn in enumerate(turns, start=1):
+        raise Unusable(row.origin, "does not begin with [INST], as <s>[INST] question [/INST] answer </s> does")
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
         question, closed, answer = turn.partition("[/INST]")
         if not closed:
-            raise UserError(f"{row.origin}: turn {place} has no [/INST]; it is [INST] question [/INST] answer")
-        if place == 1 and (system := _SYSTEM.fullmatch(question)):
+            raise Unusable(row.origin, "an [INST] has no [/INST] between question and answer")
+        if not messages and (system := _SYSTEM.fullmatch(question)):
             messages.append({"role": "system", "content": system[1].strip()})
             question = system[2]
         messages.append({"role": "user", "content": question.strip()})

@@ -30,25 +30,6 @@ def examples_of(
     return chosen[np.argsort(-lengths[chosen].astype(np.int64), kind="stable")]
 
 
-def real_share(
-    lengths: NDArray[np.integer], batch_size: int, at_once: int, seed: int, multiple: int = 32, most: int | None = None
-) -> float:
-    """Tokens that are not padding, of all that an epoch computes in micro-batches of `at_once` examples.
-
-    Each is padded to its longest example rounded up to `multiple`, but to `most` tokens at most.
-    """
-    steps = -(-len(lengths) // batch_size)
-    real = padded = 0
-    for step in range(1, steps + 1):
-        batch = lengths[examples_of(lengths, batch_size, step, seed)].astype(np.int64)
-        longest = -(-batch[::at_once] // multiple) * multiple  # the first of each micro-batch
-        widths = longest if most is None else np.minimum(longest, most)
-        sizes = np.diff(np.append(np.arange(0, batch_size, at_once), batch_size))
-        real += int(batch.sum())
-        padded += int((widths * sizes).sum())
-    return real / padded
-
-
 @lru_cache(maxsize=4)
 def _epoch(known: bytes, batch_size: int, seed: int, epoch: int, group: int) -> NDArray[np.int64]:
     """All examples in the order of an epoch; `known` is their lengths as int32, which can be hashed.
