@@ -80,13 +80,15 @@ class Answers:
             self._base = None
 
     def _base_weights(self) -> Any:
-        """Those of step 0. The random state stays as it was: a micro-batch may be under way."""
+        """Those of step 0, not evaluated, as a task may know them already.
+
+        The random state stays as it was: a micro-batch may be under way.
+        """
         if self._base is None:
             state: Any = mx.random.state
             random_state = mx.array(state[0])
             try:
                 self._base = self._task.initial_parameters()
-                mx.eval(self._base)
             finally:
                 state[0][...] = random_state
         return self._base

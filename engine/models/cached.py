@@ -40,15 +40,18 @@ def speak(model: nn.Module, tokenizer: Any, ask: Generate) -> Iterator[str | Non
         ends=tokenizer.eos_token_ids,
         vocabulary=len(tokenizer),
     )
+    piece: str | None = None  # kept back for one token: the last one has what is left at the end, so pieces are tokens
     for token in tokens:
         if token is None:
             yield None
-        else:
-            detokenizer.add_token(token)
-            yield detokenizer.last_segment
-    detokenizer.finalize()
-    if rest := detokenizer.last_segment:
-        yield rest
+            continue
+        if piece is not None:
+            yield piece
+        detokenizer.add_token(token)
+        piece = detokenizer.last_segment
+    if piece is not None:
+        detokenizer.finalize()
+        yield piece + detokenizer.last_segment
 
 
 def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:

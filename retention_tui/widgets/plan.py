@@ -117,6 +117,9 @@ def page(table: Table, progress: Progress, width: int = 80) -> list[Content]:
     for name, size in shares(table):
         row = _row(NAMES[name], size, known.get(_MEASURED.get(name, name)))
         lines.append(row + _share(name, size, table, width - row.cell_length - 3))
+    for name, held in progress.held_bytes.items():  # what is there, but not at the largest moment
+        if held and not table["components"].get(name):
+            lines.append(_row(NAMES[name], 0, held))
     for name, key in _TOTALS.items():
         lines.append(_row(name, table[key] or 0, metrics.get(_MEASURED[name])))
     planned, rate = table["time"]["seconds_a_step"], metrics.get("steps_per_second")
@@ -136,12 +139,16 @@ def _savings(table: Table) -> list[Content]:
     """What each measure that is taken saves of the peak, and what others would."""
     lines = []
     for taken, title in ((True, "what is saved"), (False, "what would be saved")):
-        found = sorted((it for it in table.get("savings", ()) if it["taken"] is taken), key=lambda it: -it["bytes"])
+        found = [saving for saving in table["savings"] if saving["taken"] is taken and saving["bytes"] > 0]
+        found.sort(key=lambda saving: -saving["bytes"])
         for index, saving in enumerate(found):
             heading = "" if index else title
-            size = f"{wording.size(saving['bytes']):>8}"
-            words = f", {saving['words']}" if saving["words"] else ""
-            lines.append(Content.assemble((f"{heading:<21}", FAINT), f"{size}  {saving['name']}", (words, FAINT)))
+            size = wording.size(saving["bytes"])
+            lines.append(
+                Content.assemble(
+                    (f"{heading:<22}", FAINT), f"{size:>12}   {saving['name']:<24}", (saving["words"], FAINT)
+                )
+            )
     return [Content(), *lines] if lines else []
 
 
@@ -197,11 +204,11 @@ def _indented(text: str, width: int) -> str:
 
 
 def _row(name: str, size: int, measured: float | None) -> Content:
-    line = Content.assemble((f"{name:<22}", FAINT), f"{wording.size(size):>12}")
+    line = Content.assemble((f"{name:<22}", FAINT), f"{wording.size(size) if size else wording.MISSING:>12}")
     if not measured:
         return line + " " * 20
     ratio = f"{size / measured:>6.2f} ×" if size else ""
-    colour = "$warning" if name in _TOTALS and measured > _TOO_LITTLE * size else FAINT
+    colour = "$warning" if name in _TOTALS and 0 < size * _TOO_LITTLE < measured else FAINT
     return Content.assemble(line, f"{wording.size(measured):>12}", (f"{ratio:<8}", colour))
 
 
