@@ -17,6 +17,7 @@ from engine.profile import LoRAProfile
 from engine.profile_files import validate_profile
 from engine.profile_lora import PretrainedModel
 from engine.runs import find_run
+from engine.store import RunDirectory
 
 from mlx.utils import tree_map
 
@@ -42,18 +43,27 @@ def find_tuned(runs_folder: Path, name: str, checkpoint: str, report: Report) ->
     """
     bare = Path(name).expanduser()
     if (bare / "adapter_config.json").is_file() and not (runs_folder / name / "run.json").is_file():
-        from engine.models.adapters import read_adapter_config  # mlx-lm takes a while to import
-
-        base = read_adapter_config(bare).get("model")
-        if not isinstance(base, str) or not base:
-            raise UserError(f"{bare}/adapter_config.json: model, the base that it was trained on, is missing")
-        return Tuned(PretrainedModel(init_from=base), bare)
+        above = bare.resolve().parent.parent
+        return _of_run(RunDirectory(above), bare) if (above / "run.json").is_file() else _of_folder(bare)
     run = find_run(runs_folder, name)
-    profile = validate_profile(run.identity()["profile"], where=str(run.identity_path))
-    if not isinstance(profile, LoRAProfile):
+    if run.identity()["profile"].get("kind") != "lora":
         return None
-    folder = choose_checkpoint(run, checkpoint, report, to_read=True).path
+    return _of_run(run, choose_checkpoint(run, checkpoint, report, to_read=True).path)
+
+
+def _of_run(run: RunDirectory, folder: Path) -> Tuned:
+    profile = validate_profile(run.identity()["profile"], where=str(run.identity_path))
+    assert isinstance(profile, LoRAProfile)
     return Tuned(profile.model, folder, profile.data.chat_template)
+
+
+def _of_folder(folder: Path) -> Tuned:
+    from engine.models.adapters import read_adapter_config  # mlx-lm takes a while to import
+
+    base = read_adapter_config(folder).get("model")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder}/adapter_config.json: model, the base that it was trained on, is missing")
+    return Tuned(PretrainedModel(init_from=base), folder)
 
 
 def load_tuned(tuned: Tuned, dtype: mx.Dtype | None, report: Report) -> Base:

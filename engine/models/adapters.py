@@ -77,7 +77,7 @@ def load_adapter(folder: Path, model: nn.Module, adapter: Adapter | None) -> Any
     weights = _read_weights(folder)
     expected = dict(tree_flatten(model.trainable_parameters()))
     trained_on = f" (it was trained on {config['model']})" if config.get("model") else ""
-    for name in weights:
+    for name in sorted(weights):  # the first difference is the same every time
         if name not in expected:
             raise UserError(f"{folder}: its adapter has {name}, which is not trained here{trained_on}")
     for name, array in expected.items():

@@ -51,10 +51,7 @@ def load_base(model: PretrainedModel, dtype: mx.Dtype | None, loading: Loading) 
         loading.warn(f"trust_remote_code is on: the tokenizer of {name} may run code that was downloaded with it")
     with _in_one_line(f"{folder}: its model cannot be loaded"):
         net, config = load_model(folder, lazy=True, strict=True)
-    with _in_one_line(f"{folder}: its tokenizer cannot be loaded"):
-        tokenizer = load_tokenizer(
-            folder, {"trust_remote_code": model.trust_remote_code}, eos_token_ids=config.get("eos_token_id")
-        )
+    tokenizer = _tokenizer(folder, config, model.trust_remote_code)
     if model.quantize_bits is not None:
         if "quantization" in config:
             loading.tell(f"{name} is quantized already ({_in_bits(config)}): model.quantize_bits changes nothing")
@@ -167,6 +164,21 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
         return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and stays(path) else array
 
     model.update(tree_map_with_path(turn, model.parameters()))
+
+
+def _tokenizer(folder: Path, config: Mapping[str, Any], trusted: bool) -> Any:
+    with _in_one_line(f"{folder}: its tokenizer cannot be loaded"):
+        try:
+            # Said in either case: transformers would ask on the terminal where it is not told.
+            settings = {"trust_remote_code": trusted}
+            return load_tokenizer(folder, settings, eos_token_ids=config.get("eos_token_id"))
+        except ValueError as error:
+            if trusted or "custom code" not in str(error):
+                raise
+            raise UserError(
+                f"{folder}: its tokenizer asks to run code that came with it; "
+                "model.trust_remote_code = true lets it, if you trust where it is from"
+            ) from None
 
 
 def _quantize(net: nn.Module, config: dict[str, Any], bits: int, group_size: int, loading: Loading) -> None:
