@@ -202,6 +202,19 @@ def test_a_prompt_that_holds_more_than_the_whole_is_followed_as_far_as_both_agre
     assert learned(found, thinking) == Counter([f"One.{end}\n", f"Two.{end}\n"])
 
 
+def test_an_end_that_the_template_writes_once_is_learned_once(tmp_path: Path) -> None:
+    """As Phi's, whose end of text comes after the last message alone."""
+    closing = with_template(
+        tmp_path / "model",
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}.\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}",
+    )
+    rows = [chat("a?", "One", "b?", "Two"), chat("c?", "Three")]
+    found = load(closing, files=[rows_file(tmp_path, rows)], loss_on="answers")
+    end = closing.eos_token
+    assert learned(found, closing) == Counter([f"One.\nTwo.\n{end}", f"Three.\n{end}"])
+
+
 def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path: Path) -> None:
     rewriting = with_template(
         tmp_path / "model",

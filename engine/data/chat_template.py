@@ -72,8 +72,9 @@ class ChatTemplate:
     def around(self, conversation: Conversation, whole: str, place: int) -> tuple[str, str]:
         """The text before the answer that is message `place`, and the text up to its end.
 
-        The first is the template's prompt for an answer, as far as the whole conversation goes on so too. Raises
-        `UserError` where the template writes a part of a conversation otherwise than the whole.
+        The first is the template's prompt for an answer, as far as the whole conversation goes on so too; the second
+        may end otherwise than the whole goes on. Raises `UserError` where the template writes the beginning of a
+        conversation otherwise than the whole.
         """
         last = place == len(conversation.messages) - 1
         end = whole if last else self.render(conversation, place + 1)
@@ -82,7 +83,10 @@ class ChatTemplate:
         if not told_apart:  # a prompt may hold more, such as the beginning of a thought
             bare, before = self.render(conversation, place), _common(whole, before)
             told_apart = whole.startswith(bare) and len(before) > len(bare)
-        if not told_apart or not whole.startswith(end):
+        if told_apart and not whole.startswith(end):  # what ends here may be closed, as with an end of text
+            content = (conversation.messages[place].get("content") or "").strip()
+            told_apart = bool(content) and content in _common(whole, end)[len(before) :]
+        if not told_apart:
             raise UserError(
                 f"{conversation.origin}: the chat template writes the beginning up to message {place + 1} otherwise "
                 "than the whole conversation, so that answer cannot be told apart; "
@@ -93,7 +97,5 @@ class ChatTemplate:
 
 def _common(one: str, other: str) -> str:
     """What both begin with."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return one[:place]
-    return min(one, other, key=len)
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))]
