@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _end_with_asker() -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not of sys.stdin, whose lock it would hold when the interpreter ends
         pass
     os._exit(1)
 
@@ -124,7 +124,7 @@ def _fetch(url: str, partial: Path, whole: Path, size: int) -> None:
     if arrived > size:
         partial.unlink()
         arrived = 0
-    with partial.open("ab") as file:
+    with partial.open("ab", buffering=0) as file:
         http_get(url, file, resume_size=arrived, expected_size=size, headers=build_hf_headers(), tqdm_class=_Counter)
     with partial.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

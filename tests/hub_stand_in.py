@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "a" * 40
 _PIECE_BYTES = 100_000
 
 
@@ -48,6 +47,10 @@ class HubStandIn:
         return found
 
 
+def commit_of(revision: str) -> str:
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
 def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -65,9 +68,10 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
         def _tell(self, path: str) -> None:
             part = next(part for part in ("/revision/", "/tree/", "") if part in path)
             name, _, revision = path.partition(part) if part else (path, "", "main")
-            folder = self._folder(name, revision)
-            if folder is None:
+            found = self._find(name, revision)
+            if found is None:
                 return
+            folder, commit = found
             entries = hub.entries(folder)
             if part == "/tree/":
                 self._json([{"type": "file", **entry} for entry in entries])
@@ -85,15 +89,16 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                 }
                 for entry in entries
             ]
-            self._json({"id": name.partition("/")[2], "sha": COMMIT, "siblings": siblings})
+            self._json({"id": name.partition("/")[2], "sha": commit, "siblings": siblings})
 
         def _give(self, path: str) -> None:
             name, _, rest = path.partition("/resolve/")
             revision, _, file = rest.partition("/")
             name = name if name.startswith("datasets/") else f"models/{name}"
-            folder = self._folder(name, revision)
-            if folder is None:
+            found = self._find(name, revision)
+            if found is None:
                 return
+            folder, commit = found
             entry = next((entry for entry in hub.entries(folder) if entry["path"] == file), None)
             if entry is None:
                 self._refuse(404, "EntryNotFound")
@@ -104,7 +109,7 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                 hub.ranges.append(wanted)
                 start = int(wanted.removeprefix("bytes=").partition("-")[0])
             self.send_response(206 if start else 200)
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", commit)
             self.send_header("ETag", f'"{entry.get("lfs", entry)["oid"]}"')
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -120,16 +125,17 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                 except OSError:
                     return
 
-        def _folder(self, name: str, revision: str) -> Path | None:
-            revisions = hub.repositories.get(name)
+        def _find(self, name: str, revision: str) -> tuple[Path, str] | None:
+            """A repository's folder at a branch or commit, and the commit; an error is answered where there is none."""
             if name in hub.gated:
                 self._refuse(403, "GatedRepo")
-            elif revisions is None:
+            elif name not in hub.repositories:
                 self._refuse(401, "RepoNotFound")
-            elif revision != COMMIT and revision not in revisions:
-                self._refuse(404, "RevisionNotFound")
             else:
-                return revisions.get(revision) or next(iter(revisions.values()))
+                for known, folder in hub.repositories[name].items():
+                    if revision in (known, commit_of(known)):
+                        return folder, commit_of(known)
+                self._refuse(404, "RevisionNotFound")
             return None
 
         def _refuse(self, status: int, code: str) -> None:
