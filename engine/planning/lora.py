@@ -1,8 +1,8 @@
 """The memory and the operations of a fine-tuning step: a pretrained base, an adapter, one of two ways backward.
 
-What lasts follows from the geometry. What comes and goes follows from reading engine.layerwise, engine.backward and
-mlx-lm's layers: which arrays a piece of a half-layer keeps. How many more are alive while its gradients are made,
-because MLX queues operations ahead, is measured: tests/benchmarks/plan_accuracy.py.
+What lasts follows from the geometry. What comes and goes follows from reading engine.layerwise and engine.backward: a
+layer's input is kept, and of one piece, or of one layer, all that its gradients are made of is alive at once. How many
+arrays that are is measured (engine.planning.alive); tests/benchmarks/plan_accuracy_lora.py shows how well it holds.
 """
 
 from __future__ import annotations
@@ -33,26 +33,16 @@ from engine.planning import (
     micro_batch,
     micro_batches,
 )
+from engine.planning.alive import NOTHING, ON_CPU, ON_GPU, Alive, Counts
 from engine.planning.geometry import Geometry, geometry
+from engine.planning.in_flight import in_flight_bytes
 from engine.profile import LoRAProfile, Profile
 
 _MOMENTS_OF_OPTIMIZER = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 1, "muon": 1}
 """Numbers that an optimizer keeps for each that learns."""
 
-_MLP_INNER, _MLP_WIDE = 15.9, 5.4
-"""Arrays of the MLP's inner size, and of the width, that are alive while its gradients are made."""
-
-_ATTENTION_WIDE, _ATTENTION_KEYS, _SCORES = 11.0, 5.5, 4.0
-"""The same of attention: arrays of the width, of the keys' width, and of the scores of all heads."""
-
-_MLP_INNER_DROPPED, _MLP_WIDE_DROPPED, _ATTENTION_WIDE_DROPPED = 1.0, 2.0, 1.0
-"""What dropout adds to them."""
-
-_BESIDE_A_HALF, _LOSS_WIDE = 3.0, 6.0
-"""Hidden states of all tokens beside a half-layer (its input, the slopes before and after it), and beside the loss."""
-
-_LOGITS_ALIVE = 6.0
-"""Arrays as large as a chunk's logits."""
+_LARGEST_IN_UPDATE, _MATRICES_IN_UPDATE = 2, 8
+"""Arrays that the optimizer has at once beside old and new weights: of the largest, or of a layer's largest."""
 
 
 def parameters(profile: Profile) -> int:
@@ -136,7 +126,8 @@ def savings(profile: Profile, setting: Setting) -> list[Saving]:
         found.append(Saving("gradient checkpointing", saved, on, "instead of keeping what every layer makes"))
     tokens = micro_batch(profile, setting.ranks) * train.sequence_length
     chunk = min(tokens, tokens_at_once(shape.vocabulary))
-    in_chunks = round(_LOGITS_ALIVE * size * (tokens - chunk) * shape.vocabulary)
+    alive = ON_GPU if setting.gpu else ON_CPU
+    in_chunks = round(alive.logits * size * (tokens - chunk) * shape.vocabulary)
     found.append(Saving("loss in chunks", in_chunks, True, f"of {chunk:,} tokens, instead of all logits at once"))
     if _lora(profile).adapter.method != "full":
         packed = shape.unquantized.bytes(size) - shape.weights.bytes(size)
@@ -162,7 +153,7 @@ class _Sizes:
     sequences: int
     length: int
     accumulates: bool
-    full: bool
+    method: str
     checkpointing: bool
     dropout: bool
     layers: int
@@ -182,7 +173,7 @@ class _Sizes:
             sequences=sequences,
             length=train.sequence_length,
             accumulates=micro_batches(profile, setting.ranks) > 1,
-            full=full,
+            method=lora.adapter.method,
             checkpointing=train.gradient_checkpointing,
             dropout=lora.adapter.dropout > 0 and not full,
             layers=shape.layers if full else min(lora.adapter.layers or shape.layers, shape.layers),
@@ -213,67 +204,91 @@ class _Sizes:
         """The hidden states of all tokens between two layers."""
         return self.numbers(self.tokens, self.shape.width)
 
-    def mlp(self, tokens: int) -> float:
-        """What making an MLP's gradients takes for so many tokens."""
-        inner = _MLP_INNER + (_MLP_INNER_DROPPED if self.dropout else 0)
-        wide = _MLP_WIDE + (_MLP_WIDE_DROPPED if self.dropout else 0)
-        return self.numbers(tokens, inner * self.shape.inner + wide * self.shape.width)
+    @property
+    def alive(self) -> Counts:
+        return ON_GPU if self.setting.gpu else ON_CPU
 
-    def attention(self, sequences: int) -> float:
-        """What making attention's gradients takes for so many sequences."""
+    def working(self, counts: Alive, sequences: float) -> float:
+        """What so many sequences take while their gradients are made, of all that are in memory at once."""
         shape, tokens = self.shape, sequences * self.length
-        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        wide = _ATTENTION_WIDE + (_ATTENTION_WIDE_DROPPED if self.dropout else 0)
-        by_token = wide * (shape.width + queries) / 2 + _ATTENTION_KEYS * keys
-        return self.numbers(tokens, by_token + _SCORES * shape.heads * self.length)
+        wide = (shape.width + shape.heads * shape.head_dim) / 2
+        keys = shape.kv_heads * shape.head_dim
+        by_token = counts.inner * shape.inner + counts.wide * wide + counts.keys * keys
+        by_token += counts.scores * shape.heads * self.length
+        working = self.numbers(tokens, by_token)
+        return (
+            working + min(self.alive.in_flight * working, in_flight_bytes(self.setting)) + counts.beside * self.hidden
+        )
 
+    @property
     def logits(self) -> float:
-        rows = min(self.tokens, tokens_at_once(self.shape.vocabulary))
-        return _LOGITS_ALIVE * self.numbers(rows, self.shape.vocabulary)
+        """What the loss takes for a chunk of tokens, and for what has been begun of the next."""
+        rows = tokens_at_once(self.shape.vocabulary)
+        ahead = self.alive.logits_ahead * min(max(self.tokens / rows - 1, 0.0), 1.0)
+        return (self.alive.logits + ahead) * self.numbers(min(rows, self.tokens), self.shape.vocabulary)
 
 
 def _layerwise(sizes: _Sizes) -> list[Moment]:
     """As engine.layerwise goes: a layer's input is kept, a piece of a half-layer at a time is worked on."""
-    always, hidden = sizes.always, sizes.hidden
-    piece = min(sizes.tokens, PIECE_TOKENS)
-    sequences = min(sizes.sequences, max(1, PIECE_TOKENS // sizes.length))
-    all_kept = sizes.layers * hidden
-    share = 4.0 * sizes.shape.layer_trained
+    always, hidden, alive = sizes.always, sizes.hidden, sizes.alive
     if sizes.setting.compute_bytes != 4:
         always = always | {COPIES: sizes.setting.compute_bytes * sizes.shape.layer_trained}
-    before = sizes.trained if sizes.accumulates else 0.0
-    last = max(before, share)
-    half = {"attention": sizes.attention(sequences), "mlp": sizes.mlp(piece)}
-    moments = [
-        _moment(
-            "loss", always, {GRADIENTS: before, ACTIVATIONS: all_kept + _LOSS_WIDE * hidden, LOGITS: sizes.logits()}
-        )
-    ]
-    for name, working in half.items():
-        beside = _BESIDE_A_HALF * hidden + working
-        moments.append(_moment(f"backward, {name}", always, {GRADIENTS: last, ACTIVATIONS: all_kept + beside}))
-        moments.append(_moment(f"backward, {name}", always, {GRADIENTS: sizes.trained, ACTIVATIONS: hidden + beside}))
+    mlp, attention = alive.mlp, alive.attention
+    match sizes.method:
+        case "dora":
+            mlp, attention = mlp + alive.mlp_dora, attention + alive.attention_dora
+        case "full":
+            mlp += alive.mlp_full
+    if sizes.dropout:
+        mlp, attention = mlp + alive.mlp_dropout, attention + alive.attention_dropout
+    halves = {
+        "mlp": sizes.working(mlp, min(sizes.tokens, PIECE_TOKENS) / sizes.length),
+        "attention": sizes.working(attention, min(sizes.sequences, max(1, PIECE_TOKENS // sizes.length))),
+    }
+    kept, before = sizes.layers * hidden, sizes.trained if sizes.accumulates else 0.0
+    share = max(before, 4.0 * sizes.shape.layer_trained)
+    moments = [_loss(sizes, always, kept, before)]
+    for name, working in halves.items():  # in the last layer, and in the first, when all gradients are there
+        moments.append(_moment(f"backward, {name}", always, {GRADIENTS: share, ACTIVATIONS: kept + working}))
+        moments.append(_moment(f"backward, {name}", always, {GRADIENTS: sizes.trained, ACTIVATIONS: hidden + working}))
     return [*moments, _update(sizes)]
 
 
 def _whole(sizes: _Sizes) -> list[Moment]:
-    """One graph; with gradient checkpointing a layer at a time is computed again."""
-    always, hidden = sizes.always, sizes.hidden
+    """One graph; with gradient checkpointing a layer at a time is computed again. Two micro-batches are added last."""
+    always, hidden, alive = sizes.always, sizes.hidden, sizes.alive
     if sizes.setting.compute_bytes != 4:
         always = always | {COPIES: sizes.trained * sizes.setting.compute_bytes / 4}
+    added = (alive.layer_dropout if sizes.dropout else NOTHING) + (
+        alive.mlp_dora if sizes.method == "dora" else NOTHING
+    )
     before = sizes.trained if sizes.accumulates else 0.0
-    layer = sizes.mlp(sizes.tokens) + sizes.attention(sizes.sequences)
-    kept = sizes.layers * (hidden if sizes.checkpointing else layer)
+    share = 4.0 * sizes.shape.layer_trained
+    if sizes.checkpointing:
+        kept, layer, last = sizes.layers * hidden, sizes.working(alive.layer + added, sizes.sequences), hidden
+    else:
+        last = sizes.working(alive.kept, sizes.sequences)
+        kept, layer = sizes.layers * last, sizes.working(alive.beside_kept + added, sizes.sequences)
+    name = "backward, a layer"
     return [
-        _moment("loss", always, {GRADIENTS: before, ACTIVATIONS: kept + _LOSS_WIDE * hidden, LOGITS: sizes.logits()}),
-        _moment("backward, a layer", always, {GRADIENTS: before, ACTIVATIONS: kept + _BESIDE_A_HALF * hidden + layer}),
+        _loss(sizes, always, kept, before),
+        _moment(name, always, {GRADIENTS: before + share, ACTIVATIONS: kept + layer}),
+        _moment(name, always, {GRADIENTS: before + sizes.trained, ACTIVATIONS: last + layer}),
         _update(sizes),
     ]
 
 
+def _loss(sizes: _Sizes, always: Mapping[str, float], kept: float, before: float) -> Moment:
+    activations = kept + sizes.alive.loss_beside * sizes.hidden
+    return _moment("loss", always, {GRADIENTS: before, ACTIVATIONS: activations, LOGITS: sizes.logits})
+
+
 def _update(sizes: _Sizes) -> Moment:
-    """Old and new weights and moments of the optimizer, beside the gradients."""
-    made_anew = sizes.trained + sizes.optimizer
+    """Gradients, new weights, and what the optimizer makes of its largest arrays."""
+    shapes = [math.prod(shape) for shape in sizes.shape.trained]
+    in_layers = [math.prod(shape) for shape in sizes.shape.trained if sizes.shape.vocabulary not in shape]
+    largest = 4.0 * max(_LARGEST_IN_UPDATE * max(shapes), _MATRICES_IN_UPDATE * max(in_layers, default=0))
+    made_anew = min(max(sizes.trained + largest, in_flight_bytes(sizes.setting)), sizes.trained + sizes.optimizer)
     return _moment("update", sizes.always, {GRADIENTS: sizes.trained, UPDATE: made_anew})
 
 

@@ -1,0 +1,102 @@
+"""How many arrays of each size are alive at once while a layer of a language model makes its gradients; measured.
+
+They count beside the hidden states that are kept between layers. On a CPU, in float32 with MLX 0.32: 60 shapes of the
+kinds of Qwen2 and Llama, widths of 128 to 768, 128 to 2,048 tokens, 1 to 16 sequences, ranks of 8 to 64; they hold
+within 3 % of a step's peak, and within 8 % for a whole graph of several sequences of 512.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Arrays of an MLP's inner size, of the width, of the keys' width, and of all heads' scores, for each token of a
+    piece; and of the hidden states of all tokens of the micro-batch (`beside`)."""
+
+    inner: float = 0.0
+    wide: float = 0.0
+    keys: float = 0.0
+    scores: float = 0.0
+    beside: float = 0.0
+
+    def __add__(self, other: Alive) -> Alive:
+        return Alive(
+            self.inner + other.inner,
+            self.wide + other.wide,
+            self.keys + other.keys,
+            self.scores + other.scores,
+            self.beside + other.beside,
+        )
+
+
+NOTHING = Alive()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one kind of device."""
+
+    mlp: Alive
+    attention: Alive
+    """Layer by layer: of a half-layer's piece."""
+    layer: Alive
+    """In one graph: of a layer that is computed again."""
+    kept: Alive
+    """In one graph, without gradient checkpointing: of each layer, until its gradients are made."""
+    beside_kept: Alive
+    """The same, while a layer's gradients are made."""
+    mlp_dropout: Alive
+    attention_dropout: Alive
+    layer_dropout: Alive
+    """What dropout adds."""
+    mlp_dora: Alive
+    attention_dora: Alive
+    """What the magnitudes of DoRA add."""
+    mlp_full: Alive
+    """What is different where all weights learn, without an adapter's own arrays."""
+    logits: float
+    """Arrays of a chunk's logits, and """
+    logits_ahead: float
+    """of those of the next chunk, which has been begun."""
+    loss_beside: float
+    """Hidden states of all tokens beside the loss."""
+    in_flight: float = 0.0
+    """Beside what is alive, so many times as much may be in flight on a GPU, up to what its buffers hold."""
+
+
+ON_CPU = Counts(
+    mlp=Alive(inner=16.0, wide=5.6, beside=3.5),
+    attention=Alive(wide=15.4, keys=10.6, scores=3.2, beside=2.5),
+    layer=Alive(inner=13.0, wide=16.2, scores=3.0),
+    kept=Alive(inner=4.6, wide=9.0, scores=1.0),
+    beside_kept=Alive(inner=11.0, wide=3.0, scores=2.0),
+    mlp_dropout=Alive(inner=2.0, wide=1.7),
+    attention_dropout=Alive(wide=3.0),
+    layer_dropout=Alive(inner=0.5, wide=4.0),
+    mlp_dora=Alive(inner=4.0, wide=3.0),
+    attention_dora=Alive(wide=3.0),
+    mlp_full=Alive(inner=-4.0, wide=-2.2),
+    logits=6.0,
+    logits_ahead=2.0,
+    loss_beside=6.1,
+)
+
+ON_GPU = Counts(
+    mlp=Alive(inner=7.0, wide=6.0, beside=3.5),
+    attention=Alive(wide=8.0, keys=6.0, scores=3.0, beside=2.5),
+    layer=Alive(inner=10.0, wide=10.0, scores=3.0),
+    kept=Alive(inner=3.0, wide=9.0, scores=1.0),
+    beside_kept=Alive(inner=7.0, wide=3.0, scores=2.0),
+    mlp_dropout=Alive(inner=1.0, wide=1.0),
+    attention_dropout=Alive(wide=2.0),
+    layer_dropout=Alive(inner=1.0, wide=3.0),
+    mlp_dora=Alive(inner=4.0, wide=3.0),
+    attention_dora=Alive(wide=3.0),
+    mlp_full=Alive(),
+    logits=3.0,
+    logits_ahead=1.0,
+    loss_beside=4.0,
+    in_flight=1.5,
+)
