@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -68,9 +68,11 @@ class Question(ModalScreen[str]):
 class QuitQuestion(Question):
     """The run goes on: stop it, leave it alone, or stay. While it is stopping already: wait or leave."""
 
-    def __init__(self, run: str, *, stopping: bool) -> None:
+    def __init__(self, run: str, *, stopping: bool, loading: bool = False) -> None:
         if stopping:
             super().__init__(f"{run} is stopping…", (WAIT, LEAVE_NOW))
+        elif loading:
+            super().__init__(f"Quit while {run} is loading?", (replace(END_LOADING, name=STOP.name), DETACH, CANCEL))
         else:
             super().__init__(f"Quit while {run} is training?", (STOP, DETACH, CANCEL))
 

@@ -321,7 +321,8 @@ class RunScreen(Screen[None]):
             if not self._home:
                 self.app.exit()  # whoever ran the app waits for the move
         elif self._client.here and not self._progress.over:
-            self.app.push_screen(QuitQuestion(self._client.run.name, stopping=self._stopping), answered)
+            question = QuitQuestion(self._client.run.name, stopping=self._stopping, loading=self._is_loading)
+            self.app.push_screen(question, answered)
         elif self._home:
             self.dismiss()
         else:

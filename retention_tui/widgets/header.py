@@ -132,6 +132,8 @@ class RunHeader(Widget):
             return []
         left = loading.seconds_left
         parts = [loading.amount, loading.rate, f"{wording.duration(left)} left" if left is not None else ""]
+        if sum(len(part) + 3 for part in parts) > width + 3:
+            del parts[1]
         said = Content.styled(" · ", FAINT).join(Content(part) for part in parts if part)
         return [Content.styled(loading.what, "bold").truncate(width, ellipsis=True), said]
 

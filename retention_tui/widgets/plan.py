@@ -119,7 +119,7 @@ def page(table: Table, progress: Progress, width: int = 80) -> list[Content]:
         lines.append(row + _share(name, size, table, width - row.cell_length - 3))
     for name, held in progress.held_bytes.items():  # what is there, but not at the largest moment
         if held and not table["components"].get(name):
-            lines.append(_row(NAMES[name], 0, held))
+            lines.append(_row(NAMES.get(name, name), 0, held))
     for name, key in _TOTALS.items():
         lines.append(_row(name, table[key] or 0, metrics.get(_MEASURED[name])))
     planned, rate = table["time"]["seconds_a_step"], metrics.get("steps_per_second")
