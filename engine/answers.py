@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.backend import mx
 from engine.commands import Generate
 from engine.events import AnswerEnded, AnswerStarted, AnswerText, Event
 from engine.tasks import Task
@@ -27,15 +26,13 @@ class _Open:
 class Answers:
     """Serves chats fairly and within a budget.
 
-    `weights` gives the present parameters and their step; an answer keeps those that it began with. Those that the run
-    began with are made again for whoever asks for them, once for all that are asked at the same time.
+    `weights` gives the present parameters and their step; an answer keeps those that it began with.
     """
 
     def __init__(self, task: Task, say: Callable[[Event], None], weights: Callable[[], tuple[Any, int]]) -> None:
         self._task, self._say, self._weights = task, say, weights
         self._waiting: dict[str, Generate] = {}
         self._open: dict[str, _Open] = {}
-        self._base: Any | None = None
 
     def __bool__(self) -> bool:
         return bool(self._open)
@@ -70,28 +67,12 @@ class Answers:
         while self._waiting and len(self._open) < AT_ONCE:
             ask = self._waiting.pop(next(iter(self._waiting)))
             try:
-                parameters, step = (self._base_weights(), 0) if ask.base else self._weights()
+                parameters, step = (None, 0) if ask.base else self._weights()
                 self._open[ask.answer] = _Open(ask, self._task.answer(parameters, ask))
             except Exception as error:  # as below
                 self._say(AnswerEnded(answer=ask.answer, reason=f"failed: {error}", tokens=0, seconds=0.0))
                 continue
             self._say(AnswerStarted(answer=ask.answer, step=step))
-        if not any(state.ask.base for state in self._open.values()):
-            self._base = None
-
-    def _base_weights(self) -> Any:
-        """Those of step 0, not evaluated, as a task may know them already.
-
-        The random state stays as it was: a micro-batch may be under way.
-        """
-        if self._base is None:
-            state: Any = mx.random.state
-            random_state = mx.array(state[0])
-            try:
-                self._base = self._task.initial_parameters()
-            finally:
-                state[0][...] = random_state
-        return self._base
 
     def _advance(self, answer: str) -> None:
         state = self._open[answer]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.backward import Pulse, Sums
     from engine.tasks import Batch, Task
 
-PIECE_TOKENS = 2048
+PIECE_TOKENS = 1024
 """Of a half at once: tokens of an MLP, or as many whole sequences as have so many, but one at least."""
 
 Flat = dict[str, mx.array]

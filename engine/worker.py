@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 import traceback
@@ -179,6 +180,8 @@ class Engine:
         except Exception:  # what the run came to is told all the same
             self._log_traceback()
         finally:
+            trainer = None
+            gc.collect()  # compiled functions and what they close over hold each other, and a whole model
             mx.clear_streams()  # else the process may abort at exit
         return ended
 

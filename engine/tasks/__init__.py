@@ -89,8 +89,11 @@ class Task(Protocol):
     def save(self, parameters: Any, folder: Path) -> None:
         """Writes a folder that can be used elsewhere as it is."""
 
-    def answer(self, parameters: Any, ask: Generate) -> Iterator[str | None]:
-        """An answer a token at a time: a piece of text (which may be empty), or None while still reading the prompt."""
+    def answer(self, parameters: Any | None, ask: Generate) -> Iterator[str | None]:
+        """An answer a token at a time: a piece of text (which may be empty), or None while still reading the prompt.
+
+        Without `parameters` the base answers: what there was before anything was learned.
+        """
 
 
 def make_task(

@@ -138,12 +138,14 @@ class LoRATask:
     def initial_parameters(self) -> Any:
         if self._borrowed is not None:
             return self.load(self._borrowed)
-        if self._bare is not None:
-            fresh = twin(self._bare)
-        else:
-            fresh = load_base(self._profile.model, compute_dtype(self._train.dtype), Loading()).model
+        fresh = self._fresh_base()
         attach(fresh, self._profile.adapter, self._profile.seed)
         return _in_float32(fresh.trainable_parameters())
+
+    def _fresh_base(self) -> nn.Module:
+        if self._bare is not None:
+            return twin(self._bare)
+        return load_base(self._profile.model, compute_dtype(self._train.dtype), Loading()).model
 
     def load(self, folder: Path) -> Any:
         return load_adapter(folder, self.model, self._profile.adapter)
@@ -151,9 +153,9 @@ class LoRATask:
     def save(self, parameters: Any, folder: Path) -> None:
         save_adapter(folder, parameters, self._config)
 
-    def answer(self, parameters: Any, ask: Generate) -> Iterator[str | None]:
-        if ask.base and self._bare is not None:
-            return speak(self._bare, self._tokenizer, ask)
+    def answer(self, parameters: Any | None, ask: Generate) -> Iterator[str | None]:
+        if parameters is None:
+            return speak(self._fresh_base().eval(), self._tokenizer, ask)
         speaker = twin(self.model)  # it keeps its weights while training goes on; the base's are shared
         dtype = compute_dtype(self._train.dtype)
         speaker.update(tree_map(lambda array: array.astype(dtype), parameters))

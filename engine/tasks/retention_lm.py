@@ -120,7 +120,9 @@ class RetentionLMTask:
         shape.save(folder)
         self._tokenizer.save(folder)
 
-    def answer(self, parameters: Any, ask: Generate) -> Iterator[str | None]:
+    def answer(self, parameters: Any | None, ask: Generate) -> Iterator[str | None]:
+        if parameters is None:
+            parameters = self.initial_parameters()
         speaker = RetentionLM(self._config)  # a shape of its own, so that it keeps its weights while training goes on
         speaker.update(tree_map(lambda array: array.astype(self._dtype), parameters))
         return speak(speaker, self._tokenizer, ask)
