@@ -31,6 +31,7 @@ from engine.profile import LoRAProfile
 from engine.store import RunDirectory
 from engine.tasks import Batch
 
+import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.utils import get_total_parameters
 
