@@ -23,7 +23,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from engine.errors import UserError
 from engine.loading import Loading
 
-_MODEL_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_MODEL_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+"""Nothing that mlx-lm does not fetch itself: what it has downloaded is whole for us too."""
 _CONVERTED = "refs/convert/parquet"
 """Where the hub keeps every data set as parquet, so that no script of its author has to run."""
 _LISTEN_SECONDS = 0.2
@@ -167,6 +168,8 @@ def _words(kind: str, name: str, revision: str, error: str, detail: str, part: d
             return f"model.revision = {revision!r}: {name} has no such branch, tag or commit"
         case "full":
             return f"{name} does not fit on the disk ({detail}); make room, or set HF_HOME to a folder on another disk"
+        case "unwritable":
+            return f"{name} cannot be downloaded to {constants.HF_HUB_CACHE} ({detail}); set HF_HOME to another folder"
         case "damaged":
             return f"{name}: a file that was downloaded does not have its checksum and was deleted; try again"
         case "nothing":

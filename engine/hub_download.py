@@ -40,6 +40,9 @@ _CHUNK_BYTES = 1_000_000
 """Of the hub's library, which reads ten times as much at once: too coarse to show, and lost when cut off."""
 
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
 class _Failure(Exception):
     def __init__(self, kind: str, detail: object = "") -> None:
         super().__init__(kind, str(detail))
@@ -166,14 +169,23 @@ def _kind_of(error: Exception) -> str:
         return "unknown"
     if isinstance(error, RevisionNotFoundError):
         return "revision"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "full"
     if isinstance(error, HfHubHTTPError):
         return "refused"
-    if isinstance(error, LocalEntryNotFoundError | OSError):
-        return "unreachable"
     # httpx's errors of transport have no ancestor in common with those of Python
-    return "unreachable" if type(error).__module__.startswith("httpx") else "failed"
+    lost = LocalEntryNotFoundError | ConnectionError | TimeoutError
+    if isinstance(error, lost) or type(error).__module__.startswith("httpx"):
+        return "unreachable"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "full"
+    if isinstance(error, OSError) and error.errno in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EEXIST,
+    ):
+        return "unwritable"
+    return "failed"
 
 
 def _say(**values: Any) -> None:

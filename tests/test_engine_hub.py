@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_what_cannot_be_had_is_told_with_what_to_do(hub: HubStandIn, model: Path
     line = told("me/tiny")
     assert "me/tiny is not on this machine" in line and hub.address in line
     assert 'model.init_from = "~/models/tiny"' in line and "HF_HOME" in line
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    hub: HubStandIn, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    assert re.search("cannot be downloaded to .*set HF_HOME", told("me/tiny"))
 
 
 def test_a_model_that_is_here_in_part_is_not_taken_for_whole(hub: HubStandIn, model: Path) -> None:
