@@ -101,21 +101,19 @@ def lines(table: Table) -> list[str]:
     told.append(_row("all of the process", table["need_bytes"], measured.get("process_peak_bytes")))
     told += [f"({moment_words(table)})", ""]
     if table["savings"]:
-        told += [
-            f"{'saved':<26}{'':>11}",
-            *(f"{name:<26}{saved:>11}  {words}" for name, saved, words in savings(table)),
-            "",
-        ]
+        told.append("what measures save, and in brackets what others would")
+        told += [f"{name:<26}{size:>11}  {words}" for name, size, words in savings(table)]
+        told.append("")
     return [*told, *(f"{name:<12} {said}" for name, said in facts(table))]
 
 
 def savings(table: Table) -> list[tuple[str, str, str]]:
-    """What each measure against memory saves, or would save: its name, a size, and what it is instead of."""
-    told = []
-    for saving in table["savings"]:
-        saved = wording.size(saving["bytes"])
-        told.append((saving["name"], saved if saving["taken"] else f"({saved})", saving["words"]))
-    return told
+    """What each measure against memory saves, those that are not taken in brackets: name, size, what it is about."""
+    sizes = {True: "{}", False: "({})"}
+    return [
+        (saving["name"], sizes[saving["taken"]].format(wording.size(saving["bytes"])), saving["words"])
+        for saving in sorted(table["savings"], key=lambda saving: not saving["taken"])
+    ]
 
 
 def facts(table: Table, time_said: str = "") -> list[tuple[str, str]]:
@@ -124,8 +122,10 @@ def facts(table: Table, time_said: str = "") -> list[tuple[str, str]]:
     told = [
         ("memory", f"{dot(table['verdict'])} {_verdict(table)}"),
         ("time", time_said or time_words(table["time"])),
-        ("step", step_words(table)),
     ]
+    if table["kind"] == "lora" and table["time"]["source"] == "measured" and not time_said:
+        told.append(("", "measured with rows as long as they may be; yours are shorter, and take less"))
+    told.append(("step", step_words(table)))
     if table["components"] and table["backward"] == "whole":
         other = "without" if alternatives["gradient_checkpointing"] else "with"
         others = size(alternatives[f"{other}_gradient_checkpointing"])

@@ -141,7 +141,7 @@ def savings(profile: Profile, setting: Setting) -> list[Saving]:
     if shape.tied:
         head = size * shape.vocabulary * shape.width
         found.append(Saving("one embedding", head, True, "the output layer shares it"))
-    return found
+    return [saving for saving in found if saving.bytes > 0]
 
 
 @dataclass(frozen=True)

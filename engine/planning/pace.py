@@ -19,7 +19,7 @@ from engine.environment import environment
 from engine.errors import UserError
 from engine.guards.limits import TimeLimits
 from engine.planning import demand_of, micro_batch
-from engine.profile import Profile
+from engine.profile import Profile, RetentionProfile
 from engine.profile_files import validate_profile, with_override
 from engine.runs import list_runs
 from engine.store import RunDirectory
@@ -184,7 +184,7 @@ def _total_steps(profile: Profile) -> int | None:
     train = profile.train
     if train.steps is not None:
         return train.steps
-    if train.tokens is not None:
+    if train.tokens is not None and isinstance(profile, RetentionProfile):  # whose sequences are all of one length
         return -(-train.tokens // (train.batch_size * train.sequence_length))
     return None
 
