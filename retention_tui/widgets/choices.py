@@ -83,9 +83,9 @@ def _profile_options(profiles: Sequence[ProfileFile]) -> list[Option]:
     def group(profile: ProfileFile) -> str:
         return "your own" if profile.own else KINDS.get(profile.kind, profile.kind)
 
-    def place(profile: ProfileFile) -> tuple[bool, int, str]:
+    def place(profile: ProfileFile) -> tuple[bool, int, str, str]:
         kinds = [*KINDS, profile.kind]
-        return profile.own, 0 if profile.own else kinds.index(profile.kind), group(profile)
+        return profile.own, 0 if profile.own else kinds.index(profile.kind), group(profile), profile.name
 
     options: list[Option] = []
     for name, members in groupby(sorted(profiles, key=place), key=group):

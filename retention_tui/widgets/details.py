@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from textual.app import ComposeResult
 from textual.containers import Vertical
@@ -25,6 +25,8 @@ from retention_tui.widgets.plan import PlanSummary
 
 CURVES = ("loss", "val_loss")
 """The metrics of a run's chart here."""
+
+_METHODS = {"lora": "LoRA", "dora": "DoRA", "full": "all weights are trained"}
 
 Fact = tuple[str, str]
 """A name and what is said of it."""
@@ -99,12 +101,12 @@ def _profile_facts(profile: Profile) -> list[Fact]:
         ("steps", f"{train.steps:,}") if train.steps else
         ("epochs", f"{train.epochs:g}") if train.epochs else ("steps", "as many as its tokens need")
     )  # fmt: skip
-    step_tokens = train.batch_size * train.sequence_length
-    tokens = train.tokens or (train.steps or 0) * step_tokens
+    full = isinstance(profile, RetentionProfile)  # rows of chats are of any length
+    tokens = train.tokens or (train.steps or 0) * train.batch_size * train.sequence_length * full
     micro = f", {train.at_once:,} at once" if train.at_once else ""
     return [
         length,
-        ("tokens", wording.thousands(tokens) if tokens else wording.MISSING),
+        *([("tokens", wording.thousands(tokens))] if tokens else []),
         ("effective batch", f"{train.batch_size:,} sequences{micro}"),
         ("sequence length", f"{train.sequence_length:,} tokens"),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
@@ -125,15 +127,22 @@ def _kind_facts(profile: Profile) -> list[Fact]:
                 ("text", data.builtin or _last_parts(data.files)),
             ]
         case LoRAProfile(model=base, adapter=adapter, data=rows):
-            learned = f"rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}"
+            scale = f"alpha {adapter.alpha:g} (scale {adapter.scale:g})"
+            learned = f"rank {adapter.rank}, {scale}, dropout {adapter.dropout:g}"
             return [
-                ("base", base.builtin or base.init_from or wording.MISSING),
+                ("base", base.init_from or "a small Llama that is pretrained here"),
                 ("quantized", f"to {base.quantize_bits} bits when loaded" if base.quantize_bits else "as it comes"),
-                ("method", adapter.method + (f": {learned}" if adapter.method != "full" else ": all weights")),
-                ("targets", ", ".join(adapter.targets)),
-                ("rows", rows.builtin or rows.dataset or _last_parts(rows.files)),
+                ("method", _METHODS[adapter.method]),
+                *([("adapter", learned), ("targets", _modules(adapter.targets))] if adapter.method != "full" else []),
+                ("rows", "questions about Python" if rows.builtin else rows.dataset or _last_parts(rows.files)),
             ]
     return []
+
+
+def _modules(names: Sequence[str]) -> str:
+    """`q, k, v, o projections`."""
+    short = [name.removesuffix("_proj") for name in names]
+    return f"{', '.join(short)} projections" if all(name.endswith("_proj") for name in names) else ", ".join(names)
 
 
 def _last_parts(names: Iterable[str]) -> str:
