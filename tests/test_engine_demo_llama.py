@@ -143,12 +143,10 @@ def test_every_answer_is_in_the_one_style_and_short() -> None:
     for row in rows:
         question, answer = row["messages"]
         assert (question["role"], answer["role"]) == ("user", "assistant")
-        found = re.fullmatch(r"In short: (.+[.!?]) See help\((.+)\)\.", answer["content"])
-        assert found, answer["content"]
-        assert found[2] in question["content"]
-        assert len(answer["content"]) <= 260
-    sentences = [row["messages"][1]["content"].partition(" See help(")[0] for row in rows]
-    assert len(set(sentences)) == len(rows)  # nothing that is held out was told in other words before
+        assert re.fullmatch(r"In short: .+[.!?] Ask help\(\) for more\.", answer["content"])
+        assert len(answer["content"]) <= 200
+    for turn in (0, 1):  # so no held-out question, nor its answer, is one of training
+        assert len({row["messages"][turn]["content"] for row in rows}) == len(rows)
 
 
 def test_rows_are_the_same_in_a_process_that_has_changed_hooks_and_loggers() -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-OPENING, CLOSING = "In short: ", "See help({name})."
+OPENING, CLOSING = "In short: ", " Ask help() for more."
 """How every answer begins and ends, so that one sees at a glance whether it was learned."""
 
 _MODULES = """
@@ -34,7 +34,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 def python_questions() -> list[dict[str, Any]]:
-    """Rows with `messages`: a question about a name, answered `In short: <its docstring's first sentence> See help(…).`
+    """Rows with `messages`: a question about a name, answered by its docstring's first sentence in one fixed frame.
 
     The names are the builtins, modules of the standard library, their public functions and classes, and the methods of
     those. The same in every process of a Python, and in a fixed order. No name and no sentence comes twice, so held-out
@@ -48,7 +48,7 @@ def python_questions() -> list[dict[str, Any]]:
             continue
         seen |= {name, sentence}
         question = _QUESTIONS[len(rows) % len(_QUESTIONS)].format(name=name)
-        answer = f"{OPENING}{sentence} {CLOSING.format(name=name)}"
+        answer = f"{OPENING}{sentence}{CLOSING}"
         rows.append({"messages": [_message("user", question), _message("assistant", answer)]})
     return rows
 

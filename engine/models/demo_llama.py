@@ -53,16 +53,16 @@ _ASKED_EVERY_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Shape of the demo's base, and how it is trained."""
+    """Shape of the demo's base, and how it is trained: as `profiles/demo.toml`, wide and shallow, with small steps."""
 
     width: int = 192
-    layers: int = 4
+    layers: int = 2
     heads: int = 6
-    vocab_size: int = 2048
-    steps: int = 1000
+    vocab_size: int = 1024
+    steps: int = 600
     batch_size: int = 8
     sequence_length: int = 128
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
 
 
 def demo_llama(
