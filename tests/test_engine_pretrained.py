@@ -225,6 +225,25 @@ def test_what_the_model_has_not_is_told_with_what_it_has(tiny_llama: Path, wishe
         attach(load(tiny_llama).model, Adapter(**wished), 0)
 
 
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    **{"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 16},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    **{"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "tie_word_embeddings": True},
+    **{"rms_norm_eps": 1e-5, "rope_theta": 1e4, "vocab_size": 100, "max_position_embeddings": 128},
+}
+
+
+def test_experts_learn_by_lora_and_not_by_dora() -> None:
+    model = instantiate(EXPERTS)
+    attach(model, Adapter(targets=["switch_mlp.up_proj", "v_proj"]), 0)
+    assert len(flat(model.trainable_parameters())) == 8
+    with pytest.raises(UserError, match='"dora" does not work here: SwitchLinear'):
+        attach(instantiate(EXPERTS), Adapter(method="dora", targets=["all"]), 0)
+    with pytest.raises(UserError, match="config: no model can be made of it: "):
+        instantiate(EXPERTS | {"num_attention_heads": 0, "head_dim": None})
+
+
 def test_targets_name_modules_by_their_last_parts(tiny_llama: Path) -> None:
     def names(*targets: str) -> set[str]:
         model = load(tiny_llama).model

@@ -22,7 +22,9 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes, load_model, load_tokenizer
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.npz")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+_FAULTS_OF_DATA = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+_LOADING_ERRORS = (*_FAULTS_OF_DATA, AssertionError, ImportError)
+"""What a config that does not fit, or a missing package of a tokenizer's, ends in somewhere inside the libraries."""
 
 
 @dataclass(frozen=True)
