@@ -92,7 +92,7 @@ class WeightsChoice(HorizontalGroup):
 
 
 class Sampling(Horizontal):
-    """Weights, temperature, top-p, how many tokens at most, and the seed; Tab goes to them, Enter back."""
+    """Weights, temperature, top-p, how many tokens at most, and the seed; Shift+Tab goes to them, Enter back."""
 
     class Done(Message):
         """A setting was entered."""
@@ -100,6 +100,7 @@ class Sampling(Horizontal):
     def compose(self) -> ComposeResult:
         yield WeightsChoice()
         with HorizontalGroup(id="settings"):
+            yield Static(Content.styled("Shift+Tab", "bold $primary"))
             for setting in _SETTINGS:
                 yield Static(Content.styled(setting.name, FAINT))
                 entry = Input(
