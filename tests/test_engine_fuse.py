@@ -151,6 +151,15 @@ def test_what_is_there_is_never_written_over(make: Make, runs: Path, tmp_path: P
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "mine").iterdir())
 
 
+def test_a_run_that_trains_whole_models_has_nothing_to_fuse(runs: Path, tmp_path: Path) -> None:
+    run = create_run(runs, "pretrained", {"profile": {"kind": "retention-lm"}})
+    save_checkpoint(run, 1, 1, lambda folder: (folder / "config.json").write_text("{}"), {}, {})
+    with pytest.raises(UserError, match="pretrained has no adapter to fuse"):
+        fuse(runs, run.name, tmp_path / "fused", quiet)
+    with pytest.raises(UserError, match="pretrained has no adapters: its checkpoints are whole models"):
+        export_adapters(runs, run.name, tmp_path / "adapters", quiet)
+
+
 def test_adapters_are_exported_as_mlx_lm_lays_them_out(
     make: Make, runs: Path, tmp_path: Path, tiny_llama: Path
 ) -> None:

@@ -312,6 +312,19 @@ def test_we_load_what_mlx_lm_trained(tiny_llama: Path, tmp_path: Path) -> None:
     assert same(load_adapter(tmp_path, resumed, adapter), model.trainable_parameters())
 
 
+def test_we_load_what_mlx_lm_trained_of_all_layers_but_not_of_the_embedding(tiny_llama: Path, tmp_path: Path) -> None:
+    model, _ = mlx_lm.load(str(tiny_llama))
+    model.freeze()
+    for layer in model.layers:
+        layer.unfreeze()
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), flat(moved(model)))
+    save_config({"fine_tune_type": "full", "num_layers": -1}, tmp_path / "adapter_config.json")
+    base = load(tiny_llama)
+    base.model.update(attach_saved(base.model, tmp_path))
+    assert same(base.model.trainable_parameters(), model.trainable_parameters())
+    assert mx.array_equal(base.model(TOKENS), model(TOKENS))
+
+
 @pytest.mark.parametrize(
     ("ours", "told"),
     [

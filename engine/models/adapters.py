@@ -62,7 +62,10 @@ def adapter_config(adapter: Adapter, model: nn.Module, base_name: str) -> dict[s
 def attach_saved(model: nn.Module, folder: Path) -> Any:
     """Turns a base's modules into what a folder's adapter is of, and gives back its weights, as `load_adapter` does."""
     config = read_adapter_config(folder)
-    _convert(model, config)
+    if config["fine_tune_type"] == "full":
+        _unfreeze(model, _read_weights(folder))  # mlx-lm's -1 layers are without the embedding, ours with it
+    else:
+        _convert(model, config)
     return load_adapter(folder, model, None)
 
 
@@ -138,6 +141,15 @@ def _convert(model: nn.Module, config: Mapping[str, Any]) -> None:
         linear_to_lora_layers(model, count, config["lora_parameters"], use_dora=method == "dora")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'adapter.method = "{method}" does not work here: {" ".join(str(error).split())}') from None
+
+
+def _unfreeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Lets exactly these parameters learn, as far as the model has them."""
+    model.freeze()
+    modules = dict(model.named_modules())
+    for path, _, name in (name.rpartition(".") for name in names):
+        if name in modules.get(path, ()):
+            modules[path].unfreeze(recurse=False, keys=name)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
