@@ -162,7 +162,7 @@ class RunScreen(Screen[None]):
         match event:
             case RunOpened() | Reconnected():
                 if isinstance(event, RunOpened):
-                    self.query_one(Chat).suit(event.task)
+                    self.query_one(Chat).suit(event)
                 self._load_past()
             case RunEnded() | ConnectionLost():
                 self.query_one(Chat).close()

@@ -12,7 +12,7 @@ from textual.events import Key
 from textual.widgets import Input, Static
 
 from engine.commands import CancelGeneration, Command, Generate
-from engine.events import AnswerEnded, AnswerStarted, AnswerText, Event
+from engine.events import AnswerEnded, AnswerStarted, AnswerText, Event, RunOpened
 from retention_tui.widgets.sampling import Sampling, WeightsChoice
 from retention_tui.widgets.turn import Answer, Turn, new_answer
 
@@ -60,11 +60,11 @@ class Chat(Vertical):
     def focus_input(self) -> None:
         self._prompt.focus()
 
-    def suit(self, kind: str) -> None:
-        """Speaks of a kind of run. What is taught on top of a model is compared with it from the start."""
-        if kind != self._kind:
-            self._kind = kind
-            if kind == "lora":
+    def suit(self, opened: RunOpened) -> None:
+        """Speaks of a kind of run. An adapter is compared with its base from the start, which is in memory anyway."""
+        if opened.task != self._kind:
+            self._kind = opened.task
+            if opened.trained_parameters is not None and opened.trained_parameters < opened.parameters:
                 self.query_one(WeightsChoice).choose("both")
             self._invite()
 

@@ -114,12 +114,11 @@ def page(table: Table, progress: Progress, width: int = 80) -> list[Content]:
     """The lines of a run's page, for a width in columns."""
     metrics, known = progress.metrics, {**progress.metrics, **progress.held_bytes}
     lines = [Content.styled(f"{'':<22}{'predicted':>12}{'measured':>12}", FAINT)]
-    for name, size in shares(table):
-        row = _row(NAMES[name], size, known.get(_MEASURED.get(name, name)))
-        lines.append(row + _share(name, size, table, width - row.cell_length - 3))
-    for name, held in progress.held_bytes.items():  # what is there, but not at the largest moment
-        if held and not table["components"].get(name):
-            lines.append(_row(NAMES.get(name, name), 0, held))
+    for name, said in NAMES.items():
+        size, held = table["components"].get(name, 0), known.get(_MEASURED.get(name, name))
+        if size or progress.held_bytes.get(name):  # what is there need not be at the largest moment
+            row = _row(said, size, held)
+            lines.append(row + _share(name, size, table, width - row.cell_length - 3))
     for name, key in _TOTALS.items():
         lines.append(_row(name, table[key] or 0, metrics.get(_MEASURED[name])))
     planned, rate = table["time"]["seconds_a_step"], metrics.get("steps_per_second")
@@ -215,7 +214,7 @@ def _row(name: str, size: int, measured: float | None) -> Content:
 def _share(name: str, size: int, table: Table, width: int) -> Content:
     """A component as a part of all of them, in its colour."""
     columns = min(_SHARE_WIDTH, width)
-    if columns < _SHARE_WIDTH // 2:
+    if not size or columns < _SHARE_WIDTH // 2:
         return Content()
     largest = max(size for _, size in shares(table))
     colour = next((colour for _, colour, names in _PARTS if name in names), FAINT)
