@@ -17,6 +17,7 @@ import numpy as np
 
 from engine.backend import mx, scalar
 from engine.models.anatomy import Arguments, CannotCutError, Half, trained_by_layer
+from engine.ops.dropout import KeyedDropout
 from engine.ops.losses import cross_entropy_sum, tokens_at_once
 
 import mlx.nn as nn
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from engine.backward import Pulse, Sums
     from engine.tasks import Batch, Task
 
-PIECE_TOKENS = 1024
-"""Of a half at once: tokens of an MLP, or as many whole sequences as have so many, but one at least."""
+FORWARD_TOKENS, BACKWARD_TOKENS = 4096, 1024
+"""Of a half at once: tokens of an MLP, or as many whole sequences as have so many, but one at least. Forward they need
+less memory each, and the fewer pieces, the less is lost between them."""
 
 Flat = dict[str, mx.array]
 
@@ -61,6 +63,8 @@ class Layerwise:
         self._task, self._anatomy, self._dtype, self._compiled = task, task.anatomy, dtype, compiled
         self._model = task.model
         self._model.eval()
+        # Dropout's masks go by the piece, and must be the same both ways.
+        self._drops = any(isinstance(m, KeyedDropout) and m.rate > 0 for _, m in self._model.named_modules())
         self._outside, inside = trained_by_layer(self._anatomy, self._model.trainable_parameters())
         pairs = self._anatomy.check()
         self._layers: list[_Layer] = []
@@ -147,7 +151,8 @@ class Layerwise:
         function = self._function(("forward", layer.mould, number, self._model.training, still), run)
         weights, frozen = [trained[name] for name in part.trained], self._frozen(part)
         done = []
-        for place, x in enumerate(_pieces(part.half, hidden)):
+        size = BACKWARD_TOKENS if self._model.training and self._drops else FORWARD_TOKENS
+        for place, x in enumerate(_pieces(part.half, hidden, size)):
             done.append(function(weights, frozen, x, extras, _key(seed, index, number, place)))
             self._launch([done[-1]])
         return _joined(part.half, done, hidden.shape)
@@ -210,7 +215,7 @@ class Layerwise:
         function = self._function(("backward", layer.mould, number, wanted, still), gradients)
         names = [f"{self._anatomy.path}.{index}.{name}" for name in part.trained]
         weights, frozen = [trained[name] for name in part.trained], self._frozen(part)
-        pairs = zip(_pieces(part.half, hidden), _pieces(part.half, slopes), strict=True)
+        pairs = zip(*(_pieces(part.half, array, BACKWARD_TOKENS) for array in (hidden, slopes)), strict=True)
         done = []
         for place, (x, slope) in enumerate(pairs):
             key, added = _key(seed, index, number, place), [sums[name] for name in names]
@@ -328,13 +333,13 @@ class Layerwise:
         self._under_way = []
 
 
-def _pieces(half: Half, hidden: mx.array) -> list[mx.array]:
+def _pieces(half: Half, hidden: mx.array, tokens: int) -> list[mx.array]:
     """Hidden states [batch, time, width] as a half takes them: chunks of tokens, or of sequences."""
     batch, time, width = hidden.shape
     if half.by_token:
         flat = hidden.reshape(1, batch * time, width)
-        return [flat[:, start : start + PIECE_TOKENS] for start in range(0, batch * time, PIECE_TOKENS)]
-    at_once = max(1, PIECE_TOKENS // time)
+        return [flat[:, start : start + tokens] for start in range(0, batch * time, tokens)]
+    at_once = max(1, tokens // time)
     return [hidden[start : start + at_once] for start in range(0, batch, at_once)]
 
 

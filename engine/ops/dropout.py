@@ -30,14 +30,14 @@ class KeyedDropout(nn.Module):
 
     def __init__(self, rate: float, keys: Keys) -> None:
         super().__init__()
-        self._rate, self._keys = rate, keys
+        self.rate, self._keys = rate, keys
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not self.training or self._rate == 0:
+        if not self.training or self.rate == 0:
             return x
         # Sixteen random bits are fine enough for a rate, and half the work and memory of MLX's Bernoulli.
         drawn = mx.random.uniform(shape=x.shape, dtype=mx.float16, key=self._keys.next())
-        return mx.where(drawn < self._rate, mx.array(0, dtype=x.dtype), x * (1 / (1 - self._rate)))
+        return mx.where(drawn < self.rate, mx.array(0, dtype=x.dtype), x * (1 / (1 - self.rate)))
 
 
 def take_keys(model: nn.Module, keys: Keys, rate: float) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.layerwise import PIECE_TOKENS
+from engine.layerwise import BACKWARD_TOKENS
 from engine.ops.losses import tokens_at_once
 from engine.planning import (
     ACTIVATIONS,
@@ -242,8 +242,8 @@ def _layerwise(sizes: _Sizes) -> list[Moment]:
     if sizes.dropout:
         mlp, attention = mlp + alive.mlp_dropout, attention + alive.attention_dropout
     halves = {
-        "mlp": sizes.working(mlp, min(sizes.tokens, PIECE_TOKENS) / sizes.length),
-        "attention": sizes.working(attention, min(sizes.sequences, max(1, PIECE_TOKENS // sizes.length))),
+        "mlp": sizes.working(mlp, min(sizes.tokens, BACKWARD_TOKENS) / sizes.length),
+        "attention": sizes.working(attention, min(sizes.sequences, max(1, BACKWARD_TOKENS // sizes.length))),
     }
     kept, before = sizes.layers * hidden, sizes.trained if sizes.accumulates else 0.0
     share = max(before, 4.0 * sizes.shape.layer_trained)

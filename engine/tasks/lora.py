@@ -158,8 +158,10 @@ class LoRATask:
         if parameters is None:
             return speak(self._fresh_base().eval(), self._tokenizer, ask)
         speaker = twin(self.model)  # it keeps its weights while training goes on; the base's are shared
-        dtype = compute_dtype(self._train.dtype)
-        speaker.update(tree_map(lambda array: array.astype(dtype), parameters))
+        if self._profile.adapter.method == "full":
+            dtype = compute_dtype(self._train.dtype)
+            parameters = tree_map(lambda array: array.astype(dtype), parameters)
+        speaker.update(parameters)  # of an adapter in float32, as mlx-lm generates with it
         return speak(speaker.eval(), self._tokenizer, ask)
 
 

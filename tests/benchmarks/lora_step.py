@@ -1,24 +1,27 @@
 r"""A step of LoRA against mlx-lm's own trainer: tokens a second and peak memory, on the same machine, in one run.
 
     python tests/benchmarks/lora_step.py                 a small geometry, on a CPU
-    python tests/benchmarks/lora_step.py --geometry qwen2.5-1.5b --dtype bfloat16 --length 2048 \\
+    python tests/benchmarks/lora_step.py --geometry qwen2.5-1.5b --dtype bfloat16 --shapes 4x2048 1x2048 \\
         --cases default best whole layerwise         on a GPU
 
-Weights and tokens are random, so nothing is downloaded; both learn rank 32 on all seven projections, with the dropout
-of profiles/lora-m2-air-8gb.toml, and recompute each layer. Every case runs in a process of its own, in turn, `--rounds`
-times; its first steps, which also compile, are left out. `best` is mlx-lm with MLX_MAX_MB_PER_BUFFER=64, which this
-project sets by itself on NVIDIA; `default` is without. mlx-lm's peak is counted from the moment its training begins.
+Weights and tokens are random, so nothing is downloaded; both learn rank 32 on all seven projections and recompute each
+layer. Every case runs in a process of its own, in turn, `--rounds` times; its first steps, which also compile, are left
+out. `best` is mlx-lm with MLX_MAX_MB_PER_BUFFER=64, which this project sets by itself on NVIDIA; `default` is without.
+Peaks are those of the steps that count, with the model in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,7 +46,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "rope_theta": 10_000.0,
     },
 }
-RANK, ALPHA, DROPOUT = 32, 64, 0.05
+RANK, ALPHA = 32, 64
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SKIPPED = 2
 """Steps that also compile, or fill the allocator."""
@@ -75,14 +78,14 @@ def make_base(arguments: argparse.Namespace) -> Any:
     return model
 
 
-def theirs(arguments: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second and peak of mlx_lm's `train`."""
-    import numpy as np
-
+def theirs(arguments: argparse.Namespace) -> Iterator[dict[str, float]]:
+    """Tokens a second and peak of mlx_lm's `train`, for each shape."""
     if arguments.case == "default":  # before anything of ours can change how MLX runs
         import mlx.core
 
         mlx.core.eval(mlx.core.zeros(1))
+    import numpy as np
+
     from engine.backend import mx
 
     import mlx.optimizers as optim
@@ -91,54 +94,42 @@ def theirs(arguments: argparse.Namespace) -> dict[str, float]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model = make_base(arguments)
-    linear_to_lora_layers(
-        model,
-        len(model.layers),
-        {
-            "rank": RANK,
-            "scale": ALPHA / RANK,
-            "dropout": arguments.dropout,
-            "keys": [f"self_attn.{name}" for name in TARGETS[:4]] + [f"mlp.{name}" for name in TARGETS[4:]],
-        },
-    )
-    rng = np.random.default_rng(0)
+    keys = [f"self_attn.{name}" for name in TARGETS[:4]] + [f"mlp.{name}" for name in TARGETS[4:]]
+    settings = {"rank": RANK, "scale": ALPHA / RANK, "dropout": arguments.dropout, "keys": keys}
+    linear_to_lora_layers(model, len(model.layers), settings)
     vocabulary = GEOMETRIES[arguments.geometry]["vocab_size"]
-    rows = [(rng.integers(0, vocabulary, arguments.length + 1).tolist(), 0) for _ in range(arguments.batch)]
-    reports: list[dict[str, float]] = []
+    for number, (batch, length) in enumerate(arguments.shapes):
+        rng = np.random.default_rng(0)
+        rows = [(rng.integers(0, vocabulary, length + 1).tolist(), 0) for _ in range(batch)]
+        reports: list[dict[str, float]] = []
 
-    class Listen(TrainingCallback):
-        def on_train_loss_report(self, train_info: dict[str, float]) -> None:
-            reports.append(train_info)
-            if arguments.skipped == len(reports):
-                mx.reset_peak_memory()
+        class Listen(TrainingCallback):
+            def on_train_loss_report(self, train_info: dict[str, float], reports: Any = reports) -> None:
+                reports.append(train_info)
+                if arguments.skipped == len(reports):
+                    mx.reset_peak_memory()
 
-    settings = TrainingArgs(
-        batch_size=arguments.batch,
-        iters=arguments.steps + arguments.skipped,
-        val_batches=0,
-        steps_per_report=1,
-        steps_per_eval=10**9,
-        steps_per_save=10**9,
-        max_seq_length=arguments.length + 1,
-        adapter_file="/dev/null",
-        grad_checkpoint=True,
-    )
-    mx.reset_peak_memory()
-    try:
-        train(model, optim.AdamW(1e-4), rows, None, args=settings, training_callback=Listen())
-    except RuntimeError:  # it wants to save at its end
-        if len(reports) < settings.iters:
-            raise
-    kept = reports[arguments.skipped :]
-    return {
-        "tokens_per_second": median(report["tokens_per_second"] for report in kept),
-        "peak_bytes": mx.get_peak_memory(),
-        "loss": kept[-1]["train_loss"],
-    }
+        options = TrainingArgs(
+            batch_size=batch,
+            iters=arguments.steps + arguments.skipped,
+            val_batches=0,
+            steps_per_report=1,
+            steps_per_eval=10**9,
+            steps_per_save=10**9,
+            max_seq_length=length + 1,
+            adapter_file=f"{tempfile.mkdtemp()}/adapters.safetensors",
+            grad_checkpoint=number == 0,  # it changes the layers' class, for good
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(model, optim.AdamW(1e-4), rows, None, args=options, training_callback=Listen())
+        yield {
+            "tokens_per_second": median(report["tokens_per_second"] for report in reports[arguments.skipped :]),
+            "peak_bytes": mx.get_peak_memory(),
+        }
 
 
-def ours(arguments: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second and peak of our update, whole or layer by layer."""
+def ours(arguments: argparse.Namespace) -> Iterator[dict[str, float]]:
+    """Tokens a second and peak of our update, whole or layer by layer, for each shape."""
     from engine.backend import mx, on_gpu
     from engine.planning.rehearsal_lora import LoRARehearsal
     from engine.profile import LoRAProfile, parse_profile
@@ -147,97 +138,113 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
 
     folder = tempfile.TemporaryDirectory()
     Path(folder.name, "config.json").write_text(json.dumps(config(arguments.geometry, arguments.bits)))
-    table = {
-        "kind": "lora",
-        "model": {"init_from": folder.name},
-        "adapter": {"rank": RANK, "alpha": ALPHA, "dropout": arguments.dropout, "targets": TARGETS},
-        "data": {"builtin": "python-docs"},
-        "train": {
-            "steps": 1,
-            "batch_size": arguments.batch,
-            "micro_batch_size": arguments.batch,
-            "sequence_length": arguments.length,
-            "backward": arguments.case,
-            "dtype": arguments.dtype,
-        },
-    }
-    profile = parse_profile(table)
-    assert isinstance(profile, LoRAProfile)
-    task = LoRARehearsal(profile)
-    update = Update(task, profile.train, Ranks(), getattr(mx, arguments.dtype), compiled=on_gpu(), warn=print)
-    update.restore(task.initial_parameters(), None)
-    seconds: list[float] = []
-    mx.reset_peak_memory()
-    for step in range(arguments.steps + arguments.skipped):
-        if step == arguments.skipped:
-            mx.reset_peak_memory()
-        batch = task.batch(range(arguments.batch))
-        began = time.perf_counter()
-        update.accumulate(batch, seed=step)
-        gradient = update.collect()
-        update.apply(gradient, 1e-4)
-        seconds.append(time.perf_counter() - began)
-    return {
-        "tokens_per_second": batch.real / median(seconds[arguments.skipped :]),
-        "peak_bytes": mx.get_peak_memory(),
-        "loss": gradient.loss,
-    }
+    for batch, length in arguments.shapes:
+        table = {
+            "kind": "lora",
+            "model": {"init_from": folder.name},
+            "adapter": {"rank": RANK, "alpha": ALPHA, "dropout": arguments.dropout, "targets": TARGETS},
+            "data": {"builtin": "python-docs"},
+            "train": {
+                "steps": 1,
+                "batch_size": batch,
+                "micro_batch_size": batch,
+                "sequence_length": length,
+                "backward": arguments.case,
+                "dtype": arguments.dtype,
+            },
+        }
+        profile = parse_profile(table)
+        assert isinstance(profile, LoRAProfile)
+        task = LoRARehearsal(profile)
+        update = Update(task, profile.train, Ranks(), getattr(mx, arguments.dtype), compiled=on_gpu(), warn=print)
+        update.restore(task.initial_parameters(), None)
+        seconds: list[float] = []
+        for step in range(arguments.steps + arguments.skipped):
+            if step == arguments.skipped:
+                mx.reset_peak_memory()
+            rows = task.batch(range(batch))
+            began = time.perf_counter()
+            update.accumulate(rows, seed=step)
+            update.apply(update.collect(), 1e-4)
+            seconds.append(time.perf_counter() - began)
+        yield {
+            "tokens_per_second": batch * length / median(seconds[arguments.skipped :]),
+            "peak_bytes": mx.get_peak_memory(),
+        }
+        del task, update
+        gc.collect()
+        mx.clear_cache()
 
 
-def run_case(arguments: argparse.Namespace, case: str, bits: int, batch: int) -> dict[str, float] | None:
-    """A case in a process of its own; None where it failed, and said why."""
-    command = [sys.executable, __file__, "--case", case, "--bits", str(bits), "--batch", str(batch)]
-    for name in ("geometry", "length", "dtype", "steps", "skipped", "dropout"):
+def run_case(arguments: argparse.Namespace, case: str, bits: int) -> list[dict[str, float]]:
+    """A case in a process of its own: its result for each shape; fewer where it failed, and said why."""
+    command = [sys.executable, __file__, "--case", case, "--bits", str(bits), "--shapes"]
+    command += [f"{batch}x{length}" for batch, length in arguments.shapes]
+    for name in ("geometry", "dtype", "steps", "skipped", "dropout"):
         command += [f"--{name}", str(getattr(arguments, name))]
-    environment = {name: value for name, value in os.environ.items() if name != "MLX_MAX_MB_PER_BUFFER"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        print(f"{case}, {bits} bits, {batch} at once: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-        return None
-    return json.loads(lines[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{case}, {bits} bits: {''.join(done.stderr.strip().splitlines()[-1:])}", flush=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def print_table(arguments: argparse.Namespace, bits: int, found: dict[str, list[list[dict[str, float]]]]) -> None:
+    """A line for each case and shape; the ratios are to mlx-lm at its best."""
+    for number, (batch, length) in enumerate(arguments.shapes):
+        known = {
+            case: [results[number] for results in rounds if number < len(results)] for case, rounds in found.items()
+        }
+        best = known.get("best") or known.get("default")
+        for case, results in known.items():
+            if not results or not best:
+                continue
+            speed, peak = _speed(results), _peak(results)
+            print(
+                f"{bits:5}{f'{batch}x{length:,}':>10}{case:>12}{speed:10,.0f}{peak / 1e9:9.2f}"
+                f"{speed / _speed(best):8.2f}{peak / _peak(best):7.2f}",
+                flush=True,
+            )
+
+
+def _speed(results: list[dict[str, float]]) -> float:
+    return median(result["tokens_per_second"] for result in results)
+
+
+def _peak(results: list[dict[str, float]]) -> float:
+    return max(result["peak_bytes"] for result in results)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    batch, _, length = text.partition("x")
+    return int(batch), int(length)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, nargs="+", default=[4, 1])
-    parser.add_argument("--bits", type=int, nargs="+", default=[16, 4])
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=[(4, 512), (1, 512)], help="sequences x tokens")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16, 4], help="16 is not quantized")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--skipped", type=int, default=SKIPPED)
-    parser.add_argument("--dropout", type=float, default=DROPOUT)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=ON_CPU)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        arguments.bits, arguments.batch = arguments.bits[0], arguments.batch[0]
-        found = theirs(arguments) if arguments.case in ("default", "best") else ours(arguments)
-        print(json.dumps(found), flush=True)
+        arguments.bits = arguments.bits[0]
+        for result in (theirs if arguments.case in ("default", "best") else ours)(arguments):
+            print(json.dumps(result), flush=True)
         return
-    print(f"{arguments.geometry}, {arguments.dtype}, sequences of {arguments.length:,}, dropout {arguments.dropout:g}")
-    print(f"{'bits':>5}{'batch':>7}{'way':>12}{'tok/s':>10}{'peak GB':>9}{'speed':>8}{'peak':>7}   of mlx-lm's best")
+    print(f"{arguments.geometry}, {arguments.dtype}, dropout {arguments.dropout:g}; ratios to mlx-lm at its best")
+    print(f"{'bits':>5}{'shape':>10}{'way':>12}{'tok/s':>10}{'peak GB':>9}{'speed':>8}{'peak':>7}")
     for bits in arguments.bits:
-        for batch in arguments.batch:
-            found: dict[str, list[dict[str, float]]] = {case: [] for case in arguments.cases}
-            for _ in range(arguments.rounds):
-                for case in arguments.cases:
-                    if (result := run_case(arguments, case, bits, batch)) is not None:
-                        found[case].append(result)
-            best = found.get("best") or found.get("default")
-            for case, results in found.items():
-                if not results:
-                    continue
-                speed = median(result["tokens_per_second"] for result in results)
-                peak = max(result["peak_bytes"] for result in results)
-                ratios = ""
-                if best:
-                    theirs_speed = median(result["tokens_per_second"] for result in best)
-                    theirs_peak = max(result["peak_bytes"] for result in best)
-                    ratios = f"{speed / theirs_speed:8.2f}{peak / theirs_peak:7.2f}"
-                print(f"{bits:5}{batch:7}{case:>12}{speed:10,.0f}{peak / 1e9:9.2f}{ratios}", flush=True)
+        found: dict[str, list[list[dict[str, float]]]] = {case: [] for case in arguments.cases}
+        for _ in range(arguments.rounds):
+            for case in arguments.cases:
+                found[case].append(run_case(arguments, case, bits))
+        print_table(arguments, bits, found)
 
 
 if __name__ == "__main__":
