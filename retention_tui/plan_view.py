@@ -47,6 +47,9 @@ MOMENTS = {
     "backward, first layer": "the backward pass, at its end (the first layer)",
     "backward, a layer": "the backward pass, in a layer",
     "backward, attention": "the backward pass, in a layer's attention",
+    "forward, attention": "attention, forward",
+    "forward, mlp": "the MLPs, forward",
+    "backward, retention": "the backward pass, in a layer's retention",
     "backward, mlp": "the backward pass, in a layer's MLP",
     "update": "the update of the weights",
 }

@@ -41,6 +41,9 @@ class Counts:
     mlp: Alive
     attention: Alive
     """Layer by layer: of a half-layer's piece."""
+    mlp_forward: Alive
+    attention_forward: Alive
+    """The same on the way forward, whose pieces are larger."""
     layer: Alive
     """In one graph: of a layer that is computed again."""
     kept: Alive
@@ -69,6 +72,8 @@ class Counts:
 ON_CPU = Counts(
     mlp=Alive(inner=16.0, wide=5.6, beside=3.5),
     attention=Alive(wide=15.4, keys=10.6, scores=3.2, beside=2.5),
+    mlp_forward=Alive(inner=4.2, wide=1.0, beside=3.0),
+    attention_forward=Alive(wide=7.1, keys=6.1, scores=1.05, beside=3.6),
     layer=Alive(inner=13.0, wide=16.2, scores=3.0),
     kept=Alive(inner=4.6, wide=9.0, scores=1.0),
     beside_kept=Alive(inner=11.0, wide=3.0, scores=2.0),
@@ -86,6 +91,8 @@ ON_CPU = Counts(
 ON_GPU = Counts(
     mlp=Alive(inner=7.0, wide=6.0, beside=3.5),
     attention=Alive(wide=8.0, keys=6.0, scores=3.0, beside=2.5),
+    mlp_forward=Alive(inner=3.0, wide=2.0, beside=3.0),
+    attention_forward=Alive(wide=6.0, keys=6.0, beside=3.0),
     layer=Alive(inner=10.0, wide=10.0, scores=3.0),
     kept=Alive(inner=3.0, wide=9.0, scores=1.0),
     beside_kept=Alive(inner=7.0, wide=3.0, scores=2.0),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.layerwise import BACKWARD_TOKENS
+from engine.layerwise import BACKWARD_TOKENS, FORWARD_TOKENS
 from engine.ops.losses import tokens_at_once
 from engine.planning import (
     ACTIVATIONS,
@@ -245,9 +245,16 @@ def _layerwise(sizes: _Sizes) -> list[Moment]:
         "mlp": sizes.working(mlp, min(sizes.tokens, BACKWARD_TOKENS) / sizes.length),
         "attention": sizes.working(attention, min(sizes.sequences, max(1, BACKWARD_TOKENS // sizes.length))),
     }
+    tokens = BACKWARD_TOKENS if sizes.dropout else FORWARD_TOKENS
+    again = {
+        "mlp": sizes.working(alive.mlp_forward, min(sizes.tokens, tokens) / sizes.length),
+        "attention": sizes.working(alive.attention_forward, min(sizes.sequences, max(1, tokens // sizes.length))),
+    }
     kept, before = sizes.layers * hidden, sizes.trained if sizes.accumulates else 0.0
     share = max(before, 4.0 * sizes.shape.layer_trained)
     moments = [_loss(sizes, always, kept, before)]
+    for name, working in again.items():
+        moments.append(_moment(f"forward, {name}", always, {GRADIENTS: share, ACTIVATIONS: kept + working}))
     for name, working in halves.items():  # in the last layer, and in the first, when all gradients are there
         moments.append(_moment(f"backward, {name}", always, {GRADIENTS: share, ACTIVATIONS: kept + working}))
         moments.append(_moment(f"backward, {name}", always, {GRADIENTS: sizes.trained, ACTIVATIONS: hidden + working}))

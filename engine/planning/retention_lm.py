@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.layerwise import BACKWARD_TOKENS
 from engine.models.retention_lm import RetentionLMConfig
-from engine.ops.losses import LOGITS_AT_ONCE
+from engine.ops.losses import LOGITS_AT_ONCE, tokens_at_once
 from engine.ops.power_retention import LARGEST_HEAD_DIM_OF_POWER_4, state_features
 from engine.planning import (
     ACTIVATIONS,
@@ -28,6 +29,7 @@ from engine.planning import (
     DATA,
     GRADIENTS,
     IN_MLX,
+    LAYERWISE,
     LOGITS,
     OPTIMIZER,
     STATES,
@@ -39,6 +41,7 @@ from engine.planning import (
     micro_batch,
     micro_batches,
 )
+from engine.planning.alive import ON_CPU, ON_GPU
 from engine.planning.in_flight import BUFFERS, arrays_read, buffer_numbers, in_flight_bytes
 from engine.profile import Profile, RetentionProfile
 from engine.profile_retention import RetentionModel
@@ -133,6 +136,8 @@ def moments(profile: Profile, setting: Setting) -> list[Moment]:
         OPTIMIZER: 2 * weights,
         DATA: 4.0 * sequences * (time + 2),
     }
+    if train.backward == "layerwise":
+        return _layerwise(shape, sequences, time, setting, always, summed)
     loss = _logits(tokens, shape, setting)
     recomputed = train.gradient_checkpointing or _is_chunked(shape, time)
     left = _left_in_flight(shape, layer, tokens, setting, train.gradient_checkpointing) if setting.gpu else layer.left
@@ -145,8 +150,6 @@ def moments(profile: Profile, setting: Setting) -> list[Moment]:
     else:
         kept, states = layer.activations * shape.layers, layer.states * shape.layers
         once, state_once = layer.working, 0.0
-    largest = max(_LARGEST_IN_UPDATE * embedding, _MATRICES_IN_UPDATE * 4.0 * shape.width * _hidden(shape))
-    made_anew = min(max(weights + largest, in_flight_bytes(setting)), 3 * weights)
     return [
         _moment(
             "loss",
@@ -168,7 +171,7 @@ def moments(profile: Profile, setting: Setting) -> list[Moment]:
             always,
             {GRADIENTS: summed + weights, ACTIVATIONS: layer.activations + ahead * layer.working, STATES: layer.states},
         ),
-        _moment("update", {**always, COPIES: 0.0}, {GRADIENTS: weights, UPDATE: made_anew}),
+        _update(shape, always, setting),
     ]
 
 
@@ -197,7 +200,9 @@ def operations(profile: Profile) -> float:
 
 def less_memory(profile: Profile) -> Mapping[str, str]:
     """See `engine.planning.Demand`."""
-    return {} if profile.train.gradient_checkpointing else CHECKPOINTING
+    if profile.train.backward == "layerwise":
+        return {}
+    return {**({} if profile.train.gradient_checkpointing else CHECKPOINTING), **LAYERWISE}
 
 
 def savings(profile: Profile, setting: Setting) -> list[Saving]:
@@ -208,6 +213,45 @@ def savings(profile: Profile, setting: Setting) -> list[Saving]:
 def download_bytes(profile: Profile) -> int:
     """Nothing is."""
     return 0
+
+
+def _layerwise(
+    shape: RetentionLMConfig, sequences: int, time: int, setting: Setting, always: dict[str, float], summed: float
+) -> list[Moment]:
+    """As engine.layerwise goes: a layer's input is kept, a piece of a half-layer at a time is worked on."""
+    tokens, alive = sequences * time, ON_GPU if setting.gpu else ON_CPU
+    weights, layer_weights = always[TRAINED], 4.0 * _layer_parameters(shape)
+    hidden = 1.0 * setting.compute_bytes * tokens * shape.width
+    if setting.compute_bytes != 4:
+        always = always | {COPIES: layer_weights * setting.compute_bytes / 4}
+    chunk = tokens_at_once(shape.vocab_size)
+    ahead = alive.logits_ahead * min(max(tokens / chunk - 1, 0.0), 1.0)
+    logits = (alive.logits + ahead) * setting.compute_bytes * min(chunk, tokens) * shape.vocab_size
+    mlp, piece = alive.mlp + alive.mlp_full, min(tokens, BACKWARD_TOKENS)
+    by_token = setting.compute_bytes * (mlp.inner * _hidden(shape) + mlp.wide * shape.width)
+    layer = _layer(shape, min(sequences, max(1, BACKWARD_TOKENS // time)), time, setting)
+    halves = {
+        "mlp": (piece * by_token, 0.0),
+        "retention": (layer.activations + layer.working, layer.states),
+    }
+    # The output layer is the embedding, and learns: a chunk's gradient is added to those of the chunks before.
+    added = 2 * 4.0 * shape.vocab_size * shape.width if summed or tokens > chunk else 0.0
+    loss = {GRADIENTS: summed + added, ACTIVATIONS: shape.layers * hidden + alive.loss_beside * hidden, LOGITS: logits}
+    moments = [_moment("loss", always, loss)]
+    for name, (working, states) in halves.items():  # in the last layer, and in the first, when all gradients are there
+        beside = working + alive.mlp.beside * hidden
+        for gradients, layers in ((max(summed, layer_weights), shape.layers), (weights, 1)):
+            now = {GRADIENTS: gradients, ACTIVATIONS: layers * hidden + beside, STATES: states}
+            moments.append(_moment(f"backward, {name}", always, now))
+    return [*moments, _update(shape, always, setting)]
+
+
+def _update(shape: RetentionLMConfig, always: dict[str, float], setting: Setting) -> Moment:
+    weights = always[TRAINED]
+    embedding, matrix = 4.0 * shape.vocab_size * shape.width, 4.0 * shape.width * _hidden(shape)
+    largest = max(_LARGEST_IN_UPDATE * embedding, _MATRICES_IN_UPDATE * matrix)
+    made_anew = min(max(weights + largest, in_flight_bytes(setting)), 3 * weights)
+    return _moment("update", {**always, COPIES: 0.0}, {GRADIENTS: weights, UPDATE: made_anew})
 
 
 def _layer(shape: RetentionLMConfig, sequences: int, time: int, setting: Setting) -> _Layer:
