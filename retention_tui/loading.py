@@ -45,10 +45,10 @@ class LoadingPace:
         if newest is None or not newest.unit:
             return ""
         if newest.unit == "bytes":
-            done, total = wording.size(newest.done), wording.size(newest.total)
-            if newest.total is None:
-                return done
-            return f"{done.removesuffix(total[-3:])} of {total}" if done.endswith(total[-3:]) else f"{done} of {total}"
+            total = wording.size(newest.total or newest.done)
+            scale = {"GB": 1e9, "MB": 1e6}.get(total[-2:], 1e3)
+            done = f"{newest.done / scale:.{2 if scale == 1e9 else 0}f}"
+            return f"{done} of {total}" if newest.total is not None else total
         of = f" of {newest.total:,.0f}" if newest.total is not None else ""
         return f"{newest.done:,.0f}{of} {newest.unit}"
 
