@@ -20,10 +20,13 @@ from engine.planner import plan, refuse_what_cannot_fit, settle
 from engine.planning import IN_MLX, Setting
 from engine.planning.capacity import Capacity
 from engine.planning.geometry import geometry
+from engine.planning.measure import measure
 from engine.planning.report import as_table
 from engine.profile import LoRAProfile, parse_profile
 from engine.profile_files import load_profile, with_override
+from engine.store import RunDirectory
 from retention_tui.plan_view import lines
+from retention_tui.session import Session
 
 from mlx.utils import tree_flatten
 
@@ -145,6 +148,10 @@ def test_what_does_not_go_with_the_base_is_said_by_its_plan(tiny_llama: Path) ->
         plan(profile(tiny_llama, adapter={"targets": ["q_projj"]}))
     with pytest.raises(UserError, match=r"adapter\.layers = 7.*2 layers"):
         plan(profile(tiny_llama, adapter={"layers": 7}))
+    with pytest.raises(UserError, match="there is no such folder"):
+        plan(profile(tiny_llama / "nowhere"))
+    with pytest.raises(UserError, match=r"no config\.json"):
+        plan(profile(tiny_llama.parent))
     with pytest.raises(UserError, match=r"full.*quantized"):
         plan(profile(write_tiny_llama(tiny_llama), model={"quantize_bits": 4}, adapter={"method": "full"}))
 
@@ -197,6 +204,22 @@ def test_savings_are_the_differences_of_plans() -> None:
     assert all(saving.name in told and saving.words in told for saving in made.savings)
 
 
+@pytest.mark.parametrize(
+    ("backward", "at_once", "others"),
+    [("whole", 2, {"adapter": {"rank": 32, "dropout": 0.05}}), ("layerwise", 4, {"adapter": {"rank": 8}})],
+)
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(
+    tmp_path: Path, backward: str, at_once: int, others: dict[str, dict[str, object]]
+) -> None:
+    write_tiny_llama(tmp_path, layers=4, width=192, heads=4, hidden=512, model_type="qwen2")
+    train = {"backward": backward, "micro_batch_size": at_once, "batch_size": 2 * at_once, "sequence_length": 256}
+    asked = profile(tmp_path, train=train, **others)
+    made, measured = plan(asked, capacity=ROOMY, setting=CPU), measure(asked, seconds=0)
+    assert made.predicted_peak_bytes == pytest.approx(measured.peak_bytes, rel=0.1)
+    assert made.components["optimizer_state"] == pytest.approx(measured.optimizer_bytes, rel=0.001)
+    assert made.components["trained_weights"] == measured.trained_weight_bytes == measured.gradient_bytes
+
+
 # What auto becomes
 
 
@@ -229,6 +252,14 @@ def test_what_the_profile_says_is_left_as_it_is() -> None:
     assert settle(fixed, 5 * GB, setting=METAL) == fixed
     sized = settle(profile(train={"micro_batch_size": 3}), 7 * GB, setting=METAL).train
     assert (sized.backward, sized.micro_batch_size) == ("layerwise", 3)
+
+
+def test_a_run_keeps_what_auto_became(tmp_path: Path, shared_tiny: Path) -> None:
+    session = Session(tmp_path / "runs")
+    session.start(str(shared_tiny), ["train.steps=1", "train.micro_batch_size=auto", "train.backward=auto"], name="run")
+    assert session.finish() == 0
+    train = RunDirectory(tmp_path / "runs" / "run").identity()["profile"]["train"]
+    assert train["backward"] == "whole" and train["micro_batch_size"] == min(16, train["batch_size"])
 
 
 @pytest.mark.parametrize("limit_gb", [3, 9, 14])

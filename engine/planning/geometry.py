@@ -93,7 +93,10 @@ class Geometry:
 
 
 def find_base(profile: LoRAProfile) -> Base:
-    """The config of a profile's base. Raises `UnknownShapeError` where neither it nor the table is at hand."""
+    """The config of a profile's base.
+
+    Raises `UnknownShapeError` where it is not here and is none of the known ones, `UserError` for a folder that is none.
+    """
     model = profile.model
     if model.builtin is not None:
         from engine.models.demo_llama import demo_config
@@ -101,16 +104,13 @@ def find_base(profile: LoRAProfile) -> Base:
         return Base(model.builtin, demo_config(), is_here=True)
     name = str(model.init_from)
     folder = Path(name).expanduser()
-    cached = None if folder.is_dir() else _cached(name, model.revision)
-    path = folder / "config.json" if folder.is_dir() else cached
-    if path is not None:
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"model.init_from = {name!r}: {path}: {error.strerror}") from None
-        except ValueError:
-            raise UserError(f"model.init_from = {name!r}: {path} is not JSON") from None
-        return Base(name, config, is_here=folder.is_dir() or _has_weights(path.parent))
+    if folder.is_dir():
+        return Base(name, _config_in(folder), is_here=True)
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise UserError(f"model.init_from = {name!r}: there is no such folder")
+    cached = _cached(name, model.revision)
+    if cached is not None:
+        return Base(name, _config_in(cached), is_here=any(cached.glob("model*.safetensors")))
     config = _known(name)
     if config is None:
         raise UnknownShapeError(f"the shape of model.init_from = {name!r} is known once it has been downloaded")
@@ -188,17 +188,21 @@ def _matrices(model: nn.Module) -> int:
     return sum(array.size for layer in layers for _, array in layer if array.ndim >= 2)
 
 
+def _config_in(folder: Path) -> dict[str, Any]:
+    from engine.models.pretrained import check_folder, read_config
+
+    if not (folder / "config.json").is_file():
+        check_folder(folder)  # says what the folder is instead
+    return read_config(folder)
+
+
 def _cached(name: str, revision: str | None) -> Path | None:
-    """A config.json in the hub's cache."""
+    """The folder of a config.json in the hub's cache."""
     try:
         found = try_to_load_from_cache(name, "config.json", revision=revision)
     except ValueError:  # no name of the hub's
         return None
-    return Path(found) if isinstance(found, str) else None
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("model*.safetensors"))
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _known(name: str) -> dict[str, Any] | None:
