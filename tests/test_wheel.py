@@ -33,10 +33,10 @@ def test_holds_everything(wheel: Path) -> None:
     wanted = {f"engine/profiles/{path.name}" for path in ROOT.glob("profiles/*.toml")}
     for package in ("engine", "retention_tui"):
         for path in (ROOT / package).rglob("*"):
-            if path.suffix in (".py", ".tcss"):
+            if path.suffix in (".py", ".tcss", ".toml"):
                 wanted.add(path.relative_to(ROOT).as_posix())
     assert "engine/profiles/demo.toml" in wanted
-    assert any(name.endswith(".tcss") for name in wanted)
+    assert any(name.endswith(".tcss") for name in wanted) and "engine/planning/known_bases.toml" in wanted
     assert wanted <= names
     assert not any(name.startswith(("tests/", "profiles/")) for name in names)
 

@@ -95,7 +95,7 @@ class Geometry:
 def find_base(profile: LoRAProfile) -> Base:
     """The config of a profile's base.
 
-    Raises `UnknownShapeError` where it is not here and is none of the known ones, `UserError` for a folder that is none.
+    Raises `UnknownShapeError` where it is not here and none of the known ones, `UserError` for a folder that is none.
     """
     model = profile.model
     if model.builtin is not None:
