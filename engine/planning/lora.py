@@ -208,17 +208,19 @@ class _Sizes:
     def alive(self) -> Counts:
         return ON_GPU if self.setting.gpu else ON_CPU
 
-    def working(self, counts: Alive, sequences: float) -> float:
-        """What so many sequences take while their gradients are made, of all that are in memory at once."""
+    def arrays(self, counts: Alive, sequences: float) -> float:
+        """What so many arrays take for so many sequences."""
         shape, tokens = self.shape, sequences * self.length
         wide = (shape.width + shape.heads * shape.head_dim) / 2
         keys = shape.kv_heads * shape.head_dim
         by_token = counts.inner * shape.inner + counts.wide * wide + counts.keys * keys
-        by_token += counts.scores * shape.heads * self.length
-        working = self.numbers(tokens, by_token)
-        return (
-            working + min(self.alive.in_flight * working, in_flight_bytes(self.setting)) + counts.beside * self.hidden
-        )
+        return self.numbers(tokens, by_token + counts.scores * shape.heads * self.length)
+
+    def working(self, counts: Alive, sequences: float) -> float:
+        """What so many sequences take while they are worked on, of all that are in memory at once."""
+        alive = self.arrays(counts, sequences)
+        in_flight = min(self.alive.in_flight * alive, in_flight_bytes(self.setting))
+        return alive + in_flight + counts.beside * self.hidden
 
     @property
     def logits(self) -> float:
@@ -274,7 +276,7 @@ def _whole(sizes: _Sizes) -> list[Moment]:
     if sizes.checkpointing:
         kept, layer, last = sizes.layers * hidden, sizes.working(alive.layer + added, sizes.sequences), hidden
     else:
-        last = sizes.working(alive.kept, sizes.sequences)
+        last = sizes.arrays(alive.kept, sizes.sequences)
         kept, layer = sizes.layers * last, sizes.working(alive.beside_kept + added, sizes.sequences)
     name = "backward, a layer"
     return [
