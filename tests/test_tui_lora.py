@@ -49,7 +49,7 @@ from retention_tui.session import Session
 from retention_tui.widgets.chat import Chat
 from retention_tui.widgets.choices import Choices
 from retention_tui.widgets.header import RunHeader
-from retention_tui.widgets.plan import page
+from retention_tui.widgets.plan import PlanPage, page
 from retention_tui.widgets.turn import Answer
 
 QUESTION = "What is passage 3 about?"
@@ -242,6 +242,22 @@ def test_the_plan_is_set_beside_what_was_measured_part_by_part(tuned: Path, tmp_
     assert peak and float(peak[1]) == pytest.approx(table["predicted_peak_bytes"] / measured, abs=0.01)
     saved = [saving for saving in table["savings"] if saving["bytes"] > 0]
     assert saved and all(saving["name"] in said for saving in saved)
+
+
+class OnePlan(App[None]):
+    def compose(self) -> ComposeResult:
+        yield PlanPage(Progress())
+
+
+async def test_a_plan_that_is_longer_than_the_screen_is_scrolled_by_keys(tuned: Path) -> None:
+    app = OnePlan()
+    async with app.run_test(size=(80, 14)) as pilot:
+        app.query_one(PlanPage).take(as_table(plan(load_profile(str(tuned)))))
+        app.query_one(PlanPage).focus()
+        await pilot.pause()
+        assert "frozen weights" in seen(app) and "what is saved" not in seen(app)
+        await pilot.press("end")
+        await until(pilot, lambda: "what is saved" in seen(app) and "frozen weights" not in seen(app))
 
 
 # What comes before the training

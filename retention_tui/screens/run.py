@@ -369,7 +369,7 @@ class RunScreen(Screen[None]):
         if event.pane.id == "chat":
             self.query_one(Chat).focus_input()
         else:
-            self.set_focus(None)
+            self.set_focus(self.query_one(PlanPage) if event.pane.id == "plan" else None)
         if event.pane.id == "plan" and not self._planned:
             self._planned = True
             if self._client.looks_only:  # each of any number of visitors would start a process

@@ -64,9 +64,7 @@ class PlanSummary(Static):
 
 
 class PlanPage(VerticalScroll):
-    """A run's plan, predicted beside measured."""
-
-    can_focus = False
+    """A run's plan, predicted beside measured; the arrow keys and Page Up and Down scroll it."""
 
     def __init__(self, progress: Progress, *, id: str | None = None) -> None:
         super().__init__(id=id)
