@@ -254,7 +254,10 @@ def _layerwise(sizes: _Sizes) -> list[Moment]:
     }
     kept, before = sizes.layers * hidden, sizes.trained if sizes.accumulates else 0.0
     share = max(before, 4.0 * sizes.shape.layer_trained)
-    moments = [_loss(sizes, always, kept, before)]
+    # Where there are several chunks, the first has waited for it.
+    left = alive.loss_left if sizes.tokens <= tokens_at_once(sizes.shape.vocabulary) else 0.0
+    last = sizes.arrays(Alive(inner=left), min(sizes.tokens, tokens) / sizes.length)
+    moments = [_loss(sizes, always, kept + last, before)]
     for name, working in again.items():
         moments.append(_moment(f"forward, {name}", always, {GRADIENTS: share, ACTIVATIONS: kept + working}))
     for name, working in halves.items():  # in the last layer, and in the first, when all gradients are there
