@@ -115,7 +115,9 @@ class Plan:
 
     @property
     def warning(self) -> str:
-        """One line for somebody who starts it all the same; empty where all is well, or nothing is known."""
+        """One line for somebody who starts it all the same; empty where all is well, or this machine is unknown."""
+        if not self.components:
+            return self.verdict
         if self.level in (Level.GREEN, None):
             return ""
         nearest = f"; less is needed with {self.suggestions[0].options}" if self.suggestions else ""
@@ -138,16 +140,15 @@ def plan(
     """
     setting = setting or this_setting(profile)
     capacity = _capacity(profile, limit_bytes, capacity)
-    profile = settle(profile, capacity=capacity, setting=setting)
+    asked, profile = profile, settle(profile, capacity=capacity, setting=setting)
     demand, timing = demand_of(profile), foresee(profile, runs_folder, except_run)
     size, parts = micro_batch(profile, setting.ranks), micro_batches(profile, setting.ranks)
     try:
         components, moment = _components(profile, setting)
     except UnknownShapeError as error:
-        none = {False: 0, True: 0}
-        return Plan(
-            profile, {}, "", none, 0, size, parts, capacity, None, f"unknown: {error}", "", (), (), 0, timing
-        )  # fmt: skip
+        least = "" if profile == asked else f"; until then it is to take least: {size} at once, layer by layer"
+        verdict, none = f"unknown: {error}{least}", {False: 0, True: 0}
+        return Plan(profile, {}, "", none, 0, size, parts, capacity, None, verdict, "", (), (), 0, timing)
     need = sum(components.values())
     level, why = capacity.judge(_in_mlx(components), need)
     suggestions = suggest(profile, capacity=capacity, setting=setting) if level not in (Level.GREEN, None) else ()

@@ -138,6 +138,7 @@ def test_an_unknown_base_is_called_unknown_and_takes_the_least() -> None:
     assert made.level is None and "somebody/some-model" in made.verdict and "downloaded" in made.verdict
     assert (made.profile.train.backward, made.profile.train.micro_batch_size) == ("layerwise", 1)
     refuse_what_cannot_fit(made)
+    assert "layer by layer" in made.warning
     table = as_table(made)
     assert table["verdict"] == "unknown" and table["need_bytes"] is None and table["components"] == {}
     assert any(made.verdict in line for line in lines(table))
