@@ -77,6 +77,8 @@ def print_plan(
     made = plan(profile, runs_folder=runs_folder, except_run=run_name)
     figures = None
     if measured:
+        if not made.components:
+            raise UserError(f"{made.verdict}; so nothing can be measured")
         if made.level is Level.RED:  # to try it would take down whatever else runs here
             raise UserError(f"{made.verdict}; so it is not measured")
         figures = measure(made.profile)
