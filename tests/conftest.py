@@ -111,6 +111,23 @@ def tiny_profile(tiny: Path) -> Callable[..., Profile]:
 
 
 @pytest.fixture
+def ride(tmp_path: Path) -> Iterator[Callable[..., Ride]]:
+    """`ride(profile)`: a run of any profile under way; `resume` goes on with one."""
+    rides: list[Ride] = []
+
+    def go(profile: Profile, resume: RunDirectory | None = None, which: str = "latest") -> Ride:
+        identity = {"profile": profile.model_dump(mode="json", by_alias=True), "environment": environment()}
+        run = resume or create_run(tmp_path / "runs", "run", identity)
+        rides.append(Ride(run, profile, which if resume else None))
+        return rides[-1]
+
+    yield go
+    for run in rides:
+        run.send(Stop(checkpoint=False))
+        run.end()
+
+
+@pytest.fixture
 def start(tiny_profile: Callable[..., Profile], tmp_path: Path) -> Iterator[Start]:
     """`start(**{"train.steps": 3})`: a tiny run under way; `resume` goes on with one, `machine` is what it watches."""
     rides: list[Ride] = []

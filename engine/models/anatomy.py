@@ -66,7 +66,7 @@ class Anatomy:
         with self._replaced([call] * len(self.layers)):
             return self.model(tokens)
 
-    def hidden(self, tokens: mx.array, call: Call | None = None) -> mx.array:
+    def hidden(self, tokens: mx.array, call: Call) -> mx.array:
         """What the last layer hands on: [batch, time, width]; `call` as in `run`."""
         last: list[mx.array] = []
         index = 0
@@ -74,7 +74,7 @@ class Anatomy:
         def keep(layer: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
             nonlocal index
             index += 1
-            out = call(layer, *args, **kwargs) if call else layer(*args, **kwargs)
+            out = call(layer, *args, **kwargs)
             if index == len(self.layers):
                 last.append(out)
             return out

@@ -32,6 +32,12 @@ def recomputed(function: Callable[..., Arrays]) -> Callable[..., Arrays]:
     return cast(Callable[..., Arrays], call)
 
 
+def kept_layer(layer: nn.Module, x: mx.array, *args: Any, keys: Keys, **kwargs: Any) -> mx.array:
+    """`layer(x, …)`, keeping all that its gradients need, with the same dropout as `recomputed_layer`."""
+    keys.begin(keys.next())
+    return layer(x, *args, **kwargs)
+
+
 def recomputed_layer(layer: nn.Module, x: mx.array, *args: Any, keys: Keys | None = None, **kwargs: Any) -> mx.array:
     """`layer(x, …)` as `recomputed`: it keeps only x, and is as it was afterwards.
 

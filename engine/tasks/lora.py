@@ -26,7 +26,7 @@ from engine.models.pretrained import Base, load_base, vocabulary_size
 from engine.models.sharing import twin
 from engine.ops.dropout import Keys, take_keys
 from engine.ops.losses import cross_entropy_sum, head_cross_entropy_sum, tokens_at_once
-from engine.ops.recompute import recomputed_layer
+from engine.ops.recompute import kept_layer, recomputed_layer
 from engine.profile import LoRAProfile
 from engine.store import RunDirectory
 from engine.tasks import Batch
@@ -107,9 +107,8 @@ class LoRATask:
         if self.anatomy is None:
             return cross_entropy_sum(self.model(tokens).flatten(0, 1), targets.flatten(), counted.flatten())
         outside, _ = trained_by_layer(self.anatomy, self.model.trainable_parameters())
-        # The task's layers are the model's own, so their gradients flow through what they are given.
-        recompute = partial(recomputed_layer, keys=self.keys) if self._train.gradient_checkpointing else None
-        hidden = self.anatomy.hidden(tokens, recompute)
+        run_layer = recomputed_layer if self._train.gradient_checkpointing else kept_layer
+        hidden = self.anatomy.hidden(tokens, partial(run_layer, keys=self.keys))
         return head_cross_entropy_sum(
             self._head,
             outside,
