@@ -46,7 +46,7 @@ class Stop:
 class Generate:
     """Answer `prompt` token by token, while training goes on; two at once, others wait.
 
-    With the live weights, or with those that the run began with (`base`).
+    With the live weights, or with the `base`: what there was before anything was learned.
 
     `answer` is chosen by the asker and comes back in every event about this answer. Temperature 0 is greedy.
     """

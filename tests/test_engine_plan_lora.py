@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten
 
 CPU = Setting()
 H200 = Setting(gpu=True, compute_bytes=2)
-METAL = Setting(gpu=True, compute_bytes=2, buffer_mb=50)
+METAL = Setting(gpu=True, compute_bytes=2, buffer_mb=50, metal=True)
 GB = 10**9
 ROOMY = Capacity(limit_bytes=1000 * GB)
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -87,7 +87,7 @@ def test_known_bases_have_the_parameters_that_were_published(name: str, publishe
     assert geometry(profile(name)).parameters == published
 
 
-def test_the_adapter_of_the_issue_has_36_9_million_parameters() -> None:
+def test_the_adapter_of_a_night_has_36_9_million_parameters() -> None:
     shape = geometry(profile(adapter={"rank": 32}))
     assert shape.trained_numbers == 36_929_536
     assert geometry(profile(adapter={"rank": 8})).trained_numbers == 36_929_536 // 4

@@ -40,6 +40,8 @@ class Setting:
     ranks: int = 1
     buffer_mb: int = 64
     """MLX_MAX_MB_PER_BUFFER, on GPUs: engine.planning.in_flight."""
+    metal: bool = False
+    """Of GPUs, Apple's."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from engine.backend import compute_dtype, device_words, mx, on_gpu
@@ -112,6 +113,7 @@ def this_setting(profile: Profile) -> Setting:
         compute_bytes=compute_dtype(profile.train.dtype).size,
         ranks=ranks_launched(),
         buffer_mb=buffer_mb(profile.host) or _METAL_BUFFER_MB,
+        metal=on_gpu() and sys.platform == "darwin",
     )
 
 

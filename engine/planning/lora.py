@@ -33,7 +33,7 @@ from engine.planning import (
     micro_batch,
     micro_batches,
 )
-from engine.planning.alive import NOTHING, ON_CPU, ON_GPU, Alive, Counts
+from engine.planning.alive import NOTHING, ON_CPU, ON_GPU, ON_METAL, Alive, Counts
 from engine.planning.geometry import Geometry, geometry
 from engine.planning.in_flight import in_flight_bytes
 from engine.profile import LoRAProfile, Profile
@@ -206,6 +206,8 @@ class _Sizes:
 
     @property
     def alive(self) -> Counts:
+        if self.setting.metal:
+            return ON_METAL
         return ON_GPU if self.setting.gpu else ON_CPU
 
     def arrays(self, counts: Alive, sequences: float) -> float:
