@@ -57,7 +57,7 @@ def learning_rate(train: Train, step: int, total_steps: int) -> float:
         case "exponential":
             return max(train.learning_rate * train.decay_rate**after, train.final_learning_rate)
         case "step":
-            times = (after - 1) // train.decay_steps
+            times = after // train.decay_steps
             return max(train.learning_rate * train.decay_rate**times, train.final_learning_rate)
     progress = min(1.0, after / max(1, total_steps - train.warmup_steps))
     falling = 0.5 * (1 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1 - progress

@@ -19,6 +19,7 @@ from engine.tasks.retention_lm import RetentionLMTask
 from engine.update import Gradient, Update
 
 import mlx.nn as nn
+import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 
@@ -191,6 +192,39 @@ def test_adamw_is_as_published() -> None:
         assert np.allclose(np.array(ours[name]), array, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon", "adafactor", "lion"])
+def test_every_optimizer_learns_and_is_resumed_exactly(
+    name: str, tiny_profile: Callable[..., Profile], tmp_path: Path
+) -> None:
+    profile = tiny_profile(**{"train.optimizer": name})
+    task = make_task(profile, tmp_path)
+    batch = task.batch(task.examples(1, 0, 1))
+
+    def steps(update: Update, count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            gradient = collect(update, [batch])
+            update.apply(gradient, 1e-1 if name == "sgd" else 3e-3)
+            found.append(gradient.loss)
+        return found
+
+    def begin() -> Update:
+        update = Update(task, profile.train, Ranks(), mx.float32, compiled=False)
+        update.restore(task.initial_parameters(), None)
+        return update
+
+    whole = steps(begin(), 6)
+    first = begin()
+    losses = steps(first, 3)
+    mx.save_safetensors(str(tmp_path / "state.safetensors"), first.optimizer_state())
+    state = mx.load(str(tmp_path / "state.safetensors"))
+    assert isinstance(state, dict)
+    second = Update(task, profile.train, Ranks(), mx.float32, compiled=False)
+    second.restore(first.parameters, state)
+    assert losses + steps(second, 3) == whole
+    assert whole[-1] < whole[0] - 0.1
+
+
 class TestLearningRate:
     def course(self, **settings: Any) -> list[float]:
         train = Train(steps=100, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=20, **settings)
@@ -210,6 +244,16 @@ class TestLearningRate:
         course = self.course(schedule="linear")
         assert np.allclose(np.diff(course[19:]), -0.9 / 80)
         assert set(self.course(schedule="constant")[20:]) == {1.0}
+
+    @pytest.mark.parametrize(
+        ("schedule", "theirs"),
+        [("exponential", optim.exponential_decay(1.0, 0.97)), ("step", optim.step_decay(1.0, 0.5, 7))],
+    )
+    def test_exponential_and_step_are_mlxs(self, schedule: str, theirs: Callable[[int], mx.array]) -> None:
+        rate = 0.97 if schedule == "exponential" else 0.5
+        course = self.course(schedule=schedule, decay_rate=rate, decay_steps=7)
+        expected = [max(float(theirs(mx.array(step))), 0.1) for step in range(81)]
+        assert course[19:] == pytest.approx(expected, rel=1e-5)
 
     def test_without_warm_up_the_first_step_is_almost_the_peak(self) -> None:
         assert 0.99 < learning_rate(Train(steps=1000, learning_rate=1.0), 1, 1000) <= 1.0

@@ -71,6 +71,11 @@ class LoRATask:
         self._bare = twin(base.model).eval() if adapter.method != "full" else None
         self.model, self.keys = base.model, Keys()
         attach(self.model, adapter, self._profile.seed)
+        if any("GatedDelta" in type(module).__name__ for _, module in self.model.named_modules()):
+            loading.warn(
+                "some layers of this model (gated delta rule) go through a text token by token in training: they are "
+                "slow, and take tens of GB at 2,048 tokens; shorter sequences or another base will serve you better"
+            )
         take_keys(self.model, self.keys, adapter.dropout)
         self.anatomy: Anatomy | None = None
         try:
