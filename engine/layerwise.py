@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.backend import mx, scalar
+from engine.backend import mx, on_gpu, scalar
 from engine.models.anatomy import Arguments, CannotCutError, Half, trained_by_layer
 from engine.ops.dropout import KeyedDropout
 from engine.ops.losses import cross_entropy_sum, tokens_at_once
@@ -269,7 +269,7 @@ class Layerwise:
         self, hidden: mx.array, targets: mx.array, counted: mx.array
     ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
         rows, ids, mask = hidden.flatten(0, 1), targets.flatten(), counted.flatten()
-        size = tokens_at_once(self._task.vocabulary)
+        size = tokens_at_once(self._task.vocabulary, on_gpu())
         for start in range(0, rows.shape[0], size):
             end = start + size
             yield rows[start:end], ids[start:end], mask[start:end]

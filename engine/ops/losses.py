@@ -81,9 +81,14 @@ def cross_entropy_sum(logits: mx.array, targets: mx.array, counted: mx.array) ->
     return cast(list[mx.array], loss_and_slopes(logits))[0]
 
 
-def tokens_at_once(vocabulary: int) -> int:
-    """Tokens whose logits are made at once: whole 32s of them."""
-    return max(32, LOGITS_AT_ONCE // vocabulary // 32 * 32)
+def tokens_at_once(vocabulary: int, gpu: bool) -> int:
+    """Tokens whose logits are made at once, where the head is not trained: whole 32s of them.
+
+    A CPU, where nothing is lost between chunks, has smaller ones, but for large vocabularies, whose weights are read
+    again for each.
+    """
+    logits, fewest = (LOGITS_AT_ONCE, 32) if gpu else (LOGITS_AT_ONCE // 4, 128)
+    return max(fewest, logits // vocabulary // 32 * 32)
 
 
 Head = Callable[[Any, mx.array], mx.array]

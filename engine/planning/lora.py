@@ -125,7 +125,7 @@ def savings(profile: Profile, setting: Setting) -> list[Saving]:
         saved = abs(peak(gradient_checkpointing=not on) - now)
         found.append(Saving("gradient checkpointing", saved, on, "instead of keeping what every layer makes"))
     tokens = micro_batch(profile, setting.ranks) * train.sequence_length
-    chunk = min(tokens, tokens_at_once(shape.vocabulary))
+    chunk = min(tokens, tokens_at_once(shape.vocabulary, setting.gpu))
     alive = ON_GPU if setting.gpu else ON_CPU
     in_chunks = round(alive.logits * size * (tokens - chunk) * shape.vocabulary)
     found.append(Saving("loss in chunks", in_chunks, True, f"of {chunk:,} tokens, instead of all logits at once"))
@@ -227,7 +227,7 @@ class _Sizes:
     @property
     def logits(self) -> float:
         """What the loss takes for a chunk of tokens, and for what has been begun of the next."""
-        rows = tokens_at_once(self.shape.vocabulary)
+        rows = tokens_at_once(self.shape.vocabulary, self.setting.gpu)
         ahead = self.alive.logits_ahead * min(max(self.tokens / rows - 1, 0.0), 1.0)
         return (self.alive.logits + ahead) * self.numbers(min(rows, self.tokens), self.shape.vocabulary)
 
@@ -257,7 +257,7 @@ def _layerwise(sizes: _Sizes) -> list[Moment]:
     kept, before = sizes.layers * hidden, sizes.trained if sizes.accumulates else 0.0
     share = max(before, 4.0 * sizes.shape.layer_trained)
     # Where there are several chunks, the first has waited for it.
-    left = alive.loss_left if sizes.tokens <= tokens_at_once(sizes.shape.vocabulary) else 0.0
+    left = alive.loss_left if sizes.tokens <= tokens_at_once(sizes.shape.vocabulary, sizes.setting.gpu) else 0.0
     last = sizes.arrays(Alive(inner=left), min(sizes.tokens, tokens) / sizes.length)
     moments = [_loss(sizes, always, kept + last, before)]
     for name, working in again.items():

@@ -224,7 +224,7 @@ def _layerwise(
     hidden = 1.0 * setting.compute_bytes * tokens * shape.width
     if setting.compute_bytes != 4:
         always = always | {COPIES: layer_weights * setting.compute_bytes / 4}
-    chunk = tokens_at_once(shape.vocab_size)
+    chunk = tokens_at_once(shape.vocab_size, setting.gpu)
     ahead = alive.logits_ahead * min(max(tokens / chunk - 1, 0.0), 1.0)
     logits = (alive.logits + ahead) * setting.compute_bytes * min(chunk, tokens) * shape.vocab_size
     mlp, piece = alive.mlp + alive.mlp_full, min(tokens, BACKWARD_TOKENS)

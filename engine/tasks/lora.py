@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.backend import compute_dtype, mx
+from engine.backend import compute_dtype, mx, on_gpu
 from engine.checkpoint import choose_checkpoint
 from engine.commands import Generate
 from engine.data.chat_dataset import Examples, load_chat_data
@@ -120,7 +120,7 @@ class LoRATask:
             hidden.flatten(0, 1),
             targets.flatten(),
             counted.flatten(),
-            tokens_at_once=tokens_at_once(self.vocabulary),
+            tokens_at_once=tokens_at_once(self.vocabulary, on_gpu()),
         )
 
     def _head(self, outside: Mapping[str, mx.array], rows: mx.array) -> mx.array:
