@@ -90,7 +90,7 @@ class Layerwise:
         sums = self._first_sums(parameters) if previous is None else dict(tree_flatten(previous[1]))
         loss = mx.array(0.0) if previous is None else previous[0]
         del previous
-        outside, inside = trained_by_layer(self._anatomy, parameters)
+        outside, inside = self._by_layer(parameters)
         tokens, targets, counted = self._task.predicting(*batch.arrays)
         lowest = 0 if outside else next(index for index, trained in enumerate(inside) if trained)
 
@@ -101,13 +101,13 @@ class Layerwise:
             if index >= lowest:
                 kept.append(hidden)
             hidden = self._forward(index, inside[index], hidden, given, seed)
-            pulse()
+            self._serve(pulse)
         loss, slopes = self._head(outside, hidden, targets, counted, loss, sums)
         del hidden
         for index in reversed(range(lowest, len(self._layers))):
             wanted = index > lowest or bool(outside)
             slopes = self._backward(index, inside[index], kept.pop(), slopes, arguments[index], seed, wanted, sums)
-            pulse()
+            self._serve(pulse)
         if outside:
             self._embedding(outside, tokens, slopes, sums)
         self._settle()
@@ -115,14 +115,21 @@ class Layerwise:
         return loss, tree_unflatten([(name, sums[name]) for name in names])
 
     def loss(self, parameters: Any, batch: Batch, pulse: Pulse) -> float:
+        training = self._model.training
         self._model.eval()
-        outside, inside = trained_by_layer(self._anatomy, parameters)
+        try:
+            return self._measure(parameters, batch, pulse)
+        finally:
+            self._model.train(training)  # gradients may be under way: a validation can be asked for between layers
+
+    def _measure(self, parameters: Any, batch: Batch, pulse: Pulse) -> float:
+        outside, inside = self._by_layer(parameters)
         tokens, targets, counted = self._task.predicting(*batch.arrays)
         with self._wearing(outside):
             hidden, arguments = self._anatomy.enter(tokens)
         for index, given in enumerate(arguments):
             hidden = self._forward(index, inside[index], hidden, given, 0)
-            pulse()
+            self._serve(pulse)
         loss = mx.array(0.0)
         for rows, ids, mask in self._chunks(hidden, targets, counted):
             loss = self._function("loss", self._loss_of_chunk)(list(outside.values()), rows, ids, mask, loss)
@@ -305,6 +312,11 @@ class Layerwise:
 
     # Weights, functions, pace
 
+    def _by_layer(self, parameters: Any) -> tuple[Flat, list[Flat]]:
+        """See `trained_by_layer`; in one order, because trees that were loaded or exchanged may be in another."""
+        outside, inside = trained_by_layer(self._anatomy, parameters)
+        return {name: outside[name] for name in self._outside}, inside
+
     @contextlib.contextmanager
     def _wearing(self, outside: Flat) -> Iterator[None]:
         with _dressed(self._model, self._cast(outside.items())):
@@ -324,13 +336,22 @@ class Layerwise:
 
     def _launch(self, arrays: list[mx.array]) -> None:
         """Starts to compute, and waits for what was started before: two pieces at most are under way."""
+        before, self._under_way = self._under_way, []  # where it fails, nothing of it is kept
         mx.async_eval(arrays)
-        self._settle()
+        mx.eval(before)
         self._under_way = arrays
 
     def _settle(self) -> None:
-        mx.eval(self._under_way)
-        self._under_way = []
+        before, self._under_way = self._under_way, []
+        mx.eval(before)
+
+    def _serve(self, pulse: Pulse) -> None:
+        """Lets others be served; where that ends the micro-batch, nothing of it is kept."""
+        try:
+            pulse()
+        except BaseException:
+            self._under_way = []
+            raise
 
 
 def _pieces(half: Half, hidden: mx.array, tokens: int) -> list[mx.array]:

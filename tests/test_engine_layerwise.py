@@ -25,7 +25,7 @@ from engine.tasks.lora import LoRATask
 from engine.update import Gradient, Update
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 TableOf = Callable[..., LoRAProfile]
 
@@ -309,7 +309,65 @@ def test_every_architecture_is_cut_rightly_or_not_at_all(name: str) -> None:
     np.testing.assert_allclose(np.array(anatomy.leave(hidden)), whole, atol=1e-4 * np.abs(whole).max())
 
 
+GRANITE = {
+    "model_type": "granite", "residual_multiplier": 0.5, "embedding_multiplier": 1.0, "logits_scaling": 1.0,
+    "attention_multiplier": 0.2, "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [GRANITE, {"model_type": "gemma2"}], ids=lambda own: own["model_type"])
+def test_a_layer_that_scales_is_no_pair_of_halves_beside_massive_activations_either(own: dict[str, Any]) -> None:
+    config = {
+        "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "vocab_size": 96,
+        "max_position_embeddings": 128, "tie_word_embeddings": True, **own,
+    }  # fmt: skip
+    mx.random.seed(0)
+    model = instantiate(config)
+    embedding = np.array(model.model.embed_tokens.weight)
+    embedding[1, 3] = 3000.0  # as the first token's are in models that were trained
+    model.model.embed_tokens.weight = mx.array(embedding)
+    assert [len(halves) for halves in Anatomy(model).check()] == [1, 1]
+
+
 # Between layers
+
+
+def test_a_validation_between_layers_changes_no_gradient(rows: Path, tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base")
+    profile = profile_of(base, rows, {"dropout": 0.3}, backward="layerwise")
+    task = make_task(profile, tmp_path)
+    assert isinstance(task, LoRATask)
+    update = Update(task, profile.train, Ranks(), mx.float32, compiled=False)
+    update.restore(beginning(task), None)
+    batch = task.batch(task.examples(1, 0, 1))
+
+    def gradient(pulse: Callable[[], None]) -> Gradient:
+        update.accumulate(batch, seed=3, pulse=pulse)
+        return update.collect()
+
+    def validate() -> None:
+        update.loss(batch)
+
+    assert_same(gradient(validate), gradient(lambda: None))
+
+
+def test_weights_that_were_exchanged_may_be_in_another_order(rows: Path, tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base", tied=False)
+    profile = profile_of(base, rows, {"method": "full"}, backward="layerwise")
+    task = make_task(profile, tmp_path)
+    assert isinstance(task, LoRATask)
+    update = Update(task, profile.train, Ranks(), mx.float32, compiled=False)
+    batch = task.batch(task.examples(1, 0, 1))
+
+    def gradient(parameters: Any) -> Gradient:
+        update.restore(parameters, None)
+        update.accumulate(batch)
+        return update.collect()
+
+    parameters = beginning(task)
+    in_another = tree_unflatten(sorted(tree_flatten(parameters)))  # as several ranks leave it
+    assert_same(gradient(in_another), gradient(parameters))
 
 
 @pytest.fixture
