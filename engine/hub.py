@@ -69,11 +69,11 @@ def is_whole(folder: Path) -> bool:
         return False
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return set(index.get("weight_map", {}).values()) <= present
     except FileNotFoundError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
-    return set(index.get("weight_map", {}).values()) <= present
 
 
 def _here(kind: str, name: str, revision: str, patterns: list[str]) -> Path | None:
@@ -114,9 +114,11 @@ def _download(
     try:
         loading.progress(what, 0, None, "bytes")
         for line in _lines(process, loading):
-            answer = json.loads(line)
-            if "total" in answer:
-                loading.progress(what, answer["done"], answer["total"], "bytes")
+            said = json.loads(line)
+            if "total" in said:
+                loading.progress(what, said["done"], said["total"], "bytes")
+            else:
+                answer = said
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # nothing is lost: what has arrived is on disk
