@@ -1,6 +1,7 @@
-"""Makes the picture in README.md, docs/screen.svg, from the real app and engine: `python docs/picture.py [STEPS]`.
+"""Makes the pictures in README.md from the real app and engine: `python docs/picture.py [screen] [chat]`.
 
-Trains the first steps of the demo in a temporary folder, a minute or two on an idle machine.
+docs/screen.svg is the demo on its run screen, a minute or two on an idle machine; docs/chat.svg the fine-tuning demo,
+with base and adapter side by side: it pretrains the base first, unless $RETENTION_TUI_CACHE has it.
 """
 
 from __future__ import annotations
@@ -13,27 +14,33 @@ import sys
 import tempfile
 from pathlib import Path
 
-PICTURE = Path(__file__).with_name("screen.svg")
-SIZE = (130, 40)
-STEPS = 230
+HERE = Path(__file__).parent
+SIZE, CHAT_SIZE = (130, 40), (130, 30)
+STEPS, CHAT_STEPS = 230, 120
+QUESTION = "Tell me about str.upper."
+KEYS = {" ": "space", ".": "full_stop"}
 TEXT = re.compile(r'<text class="([^"]+)" x="([\d.]+)" y="([\d.]+)" textLength="([\d.]+)"([^>]*)>([^<]*)</text>')
 SPACE = "&#160;"
 
 
-async def take_picture(runs_folder: Path, steps: int) -> str:
-    """Trains for `steps` and returns what the screen shows then, as SVG."""
+async def take_picture(name: str, runs_folder: Path) -> str:
+    """Trains for some steps and returns what the screen shows then, as SVG."""
     from retention_tui.app import RetentionApp
     from retention_tui.session import Session
 
-    session = Session(runs_folder)
-    client = session.start("demo", ["validate.every=40", "checkpoint.every=80"])
+    session, chats = Session(runs_folder), name == "chat"
+    profile = "lora-demo" if chats else "demo"
+    client = session.start(profile, ["validate.every=40", "checkpoint.every=80"])
     app = RetentionApp(session, client)
     try:
-        async with app.run_test(size=SIZE):
-            while client.alive and (client.run.last("loss") or (0, 0.0))[0] < steps:
+        async with app.run_test(size=CHAT_SIZE if chats else SIZE) as pilot:
+            while client.alive and (client.run.last("loss") or (0, 0.0))[0] < (CHAT_STEPS if chats else STEPS):
                 await asyncio.sleep(0.5)
+            if chats:
+                await pilot.press("2", *(key if key.isalnum() else KEYS[key] for key in QUESTION), "enter")
+                await asyncio.sleep(6)
             await asyncio.sleep(1.5)  # a round of charts
-            return app.export_screenshot(title="retention-tui run demo")
+            return app.export_screenshot(title=f"retention-tui run {profile}")
     finally:
         session.stop("the picture is taken")
         session.finish()
@@ -65,12 +72,13 @@ def without_outer_spaces(match: re.Match[str]) -> str:
 
 
 def main() -> int:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else STEPS
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("RETENTION_TUI_CACHE", str(Path(folder) / "cache"))
-        picture = slim(asyncio.run(take_picture(Path(folder) / "runs", steps)))
-    PICTURE.write_text(picture, encoding="utf-8")
-    sys.stdout.write(f"{PICTURE}: {len(picture) / 1e3:.0f} kB\n")
+        os.environ.setdefault("RETENTION_TUI_CACHE", f"{folder}/cache")
+        for name in sys.argv[1:] or ["screen", "chat"]:
+            picture = slim(asyncio.run(take_picture(name, Path(folder, name))))
+            path = HERE / f"{name}.svg"
+            path.write_text(picture, encoding="utf-8")
+            sys.stdout.write(f"{path}: {len(picture) / 1e3:.0f} kB\n")
     return 0
 
 

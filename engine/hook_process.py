@@ -64,6 +64,8 @@ def _talk(process: subprocess.Popen[bytes], sent: bytes, deadline: float) -> byt
                 if not read:
                     selector.unregister(process.stdout)
             elif process.poll() is not None:  # something that it left behind has its output open
+                with contextlib.suppress(BlockingIOError):  # what it said at the very last
+                    output += os.read(process.stdout.fileno(), _OUTPUT_KEPT_BYTES - len(output))
                 break
     return bytes(output)
 

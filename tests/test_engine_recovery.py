@@ -41,7 +41,7 @@ class Script:
 class Shortage:
     """MLX without memory: its functions, called by an engine, raise as Metal does where `fails(number of call)`."""
 
-    POINTS = ((mx, "eval"), (mx.random, "seed"))
+    POINTS = ((mx, "eval"), (mx, "async_eval"), (mx.random, "key"))
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
         self.calls = itertools.count()
@@ -72,18 +72,25 @@ def equal(one: RunDirectory, other: RunDirectory) -> bool:
     return bool(np.allclose(losses(one), losses(other), rtol=0, atol=1e-4)) and len(losses(one)) == len(losses(other))
 
 
-def test_memory_that_runs_out_anywhere_in_a_step(start: Start, alone: Ride, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every call of MLX, from the first step to the last: the same losses, with a smaller micro-batch."""
+@pytest.mark.parametrize(("backward", "opening", "every"), [("whole", 3, 1), ("layerwise", 12, 23)])
+def test_memory_that_runs_out_anywhere_in_a_step(
+    start: Start, alone: Ride, monkeypatch: pytest.MonkeyPatch, backward: str, opening: int, every: int
+) -> None:
+    """At every call of MLX, from the first step to the last: the same losses, with a smaller micro-batch.
+
+    By `opening` the weights are made, and layer by layer the model was compared with its parts; before that the model
+    itself does not fit. Layer by layer there are many calls: one of `every`.
+    """
+    settings = SHORT | {"train.backward": backward}
     with monkeypatch.context() as patch:
         counted = Shortage(patch, lambda call: False)
-        start(**SHORT).end()
+        start(**settings).end()
         total = next(counted.calls)
-    opening = 3  # the weights are made by then; before that the model itself does not fit
     assert total >= opening + 6 * 4
-    for point in range(opening, total):
+    for point in range(opening, total, every):
         with monkeypatch.context() as patch:
             Shortage(patch, lambda call, point=point: call == point)  # type: ignore[misc]
-            ride = start(**SHORT)
+            ride = start(**settings)
             ended = ride.end()
         assert ended.exit_code == ExitCode.OK, (point, ended)
         assert equal(ride.run, alone.run), point

@@ -118,11 +118,11 @@ def savings(profile: Profile, setting: Setting) -> list[Saving]:
 
     now, found = peak(), list[Saving]()
     layerwise = train.backward == "layerwise"
-    other_way = abs(peak(backward="whole" if layerwise else "layerwise") - now)
+    other_way = (peak(backward="whole") - now) if layerwise else (now - peak(backward="layerwise"))
     found.append(Saving("layer by layer", other_way, layerwise, "instead of one graph"))
     if not layerwise:
         on = train.gradient_checkpointing
-        saved = abs(peak(gradient_checkpointing=not on) - now)
+        saved = (peak(gradient_checkpointing=not on) - now) * (1 if on else -1)
         found.append(Saving("gradient checkpointing", saved, on, "instead of keeping what every layer makes"))
     tokens = micro_batch(profile, setting.ranks) * train.sequence_length
     chunk = min(tokens, tokens_at_once(shape.vocabulary, setting.gpu))
