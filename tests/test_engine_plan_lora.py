@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -114,6 +115,23 @@ def test_a_folders_shape_is_that_of_the_model_that_is_loaded(tmp_path: Path, mod
     assert geometry(made).weights.bytes(4) == weights
     assert plan(made, capacity=ROOMY, setting=CPU).components["frozen_weights"] == weights
     assert geometry(made).base.is_here
+
+
+GPT2 = {"model_type": "gpt2", "n_ctx": 128, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 128,
+        "layer_norm_epsilon": 1e-5, "vocab_size": 320}  # fmt: skip
+MAMBA = {"model_type": "mamba", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "state_size": 8,
+         "num_hidden_layers": 2, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True,
+         "time_step_rank": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "target"), [(GPT2, "c_attn"), (MAMBA, "in_proj")])
+def test_a_base_that_names_its_sizes_otherwise_has_a_plan_too(
+    config: dict[str, object], target: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    made = plan(profile(tmp_path, adapter={"targets": [target]}), capacity=ROOMY, setting=CPU)
+    assert made.level is Level.GREEN
+    assert geometry(profile(tmp_path, adapter={"targets": [target]})).width == 32
 
 
 def test_a_base_in_the_hubs_cache_is_read_there_and_wins_over_the_table(tmp_path: Path, tiny_llama: Path) -> None:

@@ -154,16 +154,18 @@ def _geometry(
         if found := re.search(r"(?:^|\.)layers\.(\d+)\.", path):
             by_layer[found[1]] = by_layer.get(found[1], 0) + array.size
     text = {**config, **config.get("text_config", {})}
-    heads, width = int(text["num_attention_heads"]), int(text["hidden_size"])
+    embedding = max((m.weight.shape for _, m in plain.named_modules() if isinstance(m, nn.Embedding)), default=(0, 0))
+    heads = _number(text, "num_attention_heads", "n_head", "n_heads", "num_heads") or 1  # Mamba has none
+    width = _number(text, "hidden_size", "n_embd", "d_model", "model_dim") or embedding[1]
     return Geometry(
         base=Base(name, config, is_here),
         parameters=_weights(plain.parameters()).floating,
         width=width,
-        inner=int(text.get("intermediate_size") or 4 * width),
+        inner=_number(text, "intermediate_size") or 4 * width,
         heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or width // heads),
-        vocabulary=int(text["vocab_size"]),
+        kv_heads=_number(text, "num_key_value_heads") or heads,
+        head_dim=_number(text, "head_dim") or width // heads,
+        vocabulary=_number(text, "vocab_size") or embedding[0],
         layers=len(model.layers),
         tied="lm_head" not in model,
         weights=held,
@@ -174,6 +176,14 @@ def _geometry(
         layer_trained=max(by_layer.values(), default=0),
         matrices=_matrices(plain),
     )
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these that a config has, the largest where layers have their own; 0 where it has none."""
+    for name in names:
+        if value := config.get(name):
+            return int(max(value) if isinstance(value, list) else value)
+    return 0
 
 
 def _weights(parameters: Any) -> Weights:
