@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -38,8 +39,6 @@ from huggingface_hub.utils import build_hf_headers, filter_repo_objects
 _LARGE_BYTES = 1_000_000
 _CHUNK_BYTES = 1_000_000
 """Of the hub's library, which reads ten times as much at once: too coarse to show, and lost when cut off."""
-
-
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -108,7 +107,7 @@ def _download(kind: str, name: str, attempts: list[dict[str, Any]]) -> dict[str,
             continue
         blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "blobs"
         blobs.mkdir(parents=True, exist_ok=True)
-        large = [e for e in entries if e.rfilename in files and e.lfs and (e.size or 0) > _LARGE_BYTES]
+        large = [e for e in entries if e.rfilename in files and (e.size or 0) > _LARGE_BYTES and _has_digest(e)]
         with _alone(blobs):
             missing = [entry for entry in large if not (blobs / entry.lfs.sha256).exists()]
             _Counter.total = sum(entry.size or 0 for entry in missing)
@@ -135,6 +134,11 @@ def _fetch(url: str, partial: Path, whole: Path, size: int) -> None:
         partial.unlink()
         raise _Failure("damaged", url)
     partial.rename(whole)
+
+
+def _has_digest(entry: Any) -> bool:
+    """Whether it has a checksum that may name a file: what a hub says is no path to be trusted."""
+    return bool(entry.lfs and re.fullmatch(r"[0-9a-f]{64}", entry.lfs.sha256 or ""))
 
 
 def _partial(blobs: Path, entry: Any) -> Path:
@@ -177,13 +181,7 @@ def _kind_of(error: Exception) -> str:
         return "unreachable"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "full"
-    if isinstance(error, OSError) and error.errno in (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.EEXIST,
-    ):
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return "unwritable"
     return "failed"
 
