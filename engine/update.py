@@ -148,6 +148,7 @@ class Update:
         self.parameters = self._ranks.from_chief(self.parameters)
         self.optimizer.state = self._ranks.from_chief(self.optimizer.state)
         mx.eval(self.parameters, self.optimizer.state)
+        self._task.model.update(self.parameters)
         self.intact = True
 
     def _scale_and_apply(self, parameters: Any, state: Any, sums: Any, scale: mx.array) -> tuple[Any, Any]:
