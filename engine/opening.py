@@ -69,7 +69,7 @@ def check_identity(run: RunDirectory, data_digest: str, warn: Say) -> None:
         warn(f"{difference}: the losses may differ in their last digits from a run never interrupted")
     if recorded != data_digest:
         raise UserError(
-            f"run {run.name}: its data are not those that it began with; bring them back, or start a new run"
+            f"run {run.name}: its data or base are not those that it began with; bring them back, or start a new run"
         )
 
 
