@@ -25,7 +25,7 @@ imports: .venv/.installed
 # These tools have run already; the tests that run them again are for `pytest` alone.
 TOOLS := lint format types imports
 test: .venv/.installed
-	$(BIN)/pytest $(TOOLS:%=--deselect tests/test_architecture.py::test_%)
+	$(BIN)/pytest -n 2 $(TOOLS:%=--deselect tests/test_architecture.py::test_%)
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
