@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from engine.errors import UserError
-from engine.profile import Profile, parse_profile, profile_class
+from engine.profile import LoRAProfile, Profile, parse_profile, profile_class
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_profile(name_or_path: str, overrides: Iterable[str] = ()) -> Profile:
     table = _read_profile(path)
     for override in overrides:
         table = _merge(table, _parse_override(override))
-    return validate_profile(table, where=path.name)
+    return _with_base_in_place(validate_profile(table, where=path.name))
 
 
 def validate_profile(table: Mapping[str, Any], where: str) -> Profile:
@@ -135,6 +135,17 @@ def _read_table(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"profile {path}: not valid TOML: {error}") from None
     return _with_absolute_paths(table, path.parent)
+
+
+def _with_base_in_place(profile: Profile) -> Profile:
+    """With the path of a base's folder made absolute: a run may go on from elsewhere, and else it is a hub's name."""
+    if not isinstance(profile, LoRAProfile):
+        return profile
+    name = profile.model.init_from
+    if name is None or not Path(name).is_dir():
+        return profile
+    model = profile.model.model_copy(update={"init_from": str(Path(name).resolve())})
+    return profile.model_copy(update={"model": model})
 
 
 _ALTERNATIVES = {

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from engine.errors import UserError
-from engine.profile import Profile, RetentionProfile
+from engine.profile import LoRAProfile, Profile, RetentionProfile
 from engine.profile_files import (
     find_profile,
     list_profiles,
@@ -292,3 +292,11 @@ class TestList:
         assert (profiles["a-small-one"].kind, profiles["a-small-one"].description) == ("retention-lm", "mine")
         assert profiles["a-small-one"].own and not profiles["retention-tiny"].own
         assert "not valid TOML" in profiles["broken"].description
+
+
+def test_a_bases_folder_is_found_from_elsewhere_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    loaded = [load_profile("lora-demo", [f"model.init_from={name}"]) for name in ("models/mine", "models/theirs")]
+    bases = [profile.model.init_from for profile in loaded if isinstance(profile, LoRAProfile)]
+    assert bases == [str(tmp_path / "models" / "mine"), "models/theirs"]  # what is not here is a name on the hub
