@@ -97,6 +97,8 @@ class Amendments:
         amendment = Amendment(from_step, key, value)
         if key not in AMENDABLE:
             raise UserError(f"{key} cannot be changed while a run trains; {', '.join(AMENDABLE)} can")
+        if key == "train.micro_batch_size" and value.strip(" \"'") == "auto":
+            raise UserError(f"{key}: auto is chosen before a run begins; give a number")
         if key in LIMITS:
             _limited(self._profile.guard, amendment, self._profile)
             kept = [entry for entry in self._list if entry.key != key]

@@ -311,6 +311,7 @@ def test_a_setting_that_was_changed_is_changed_again_on_resume(start: Start) -> 
     ride.send(Set("train.learning_rate", "1e-3"))
     ride.send(Set("train.batch_size", "4"))
     ride.send(Set("train.learning_rate", "fast"))
+    ride.send(Set("train.micro_batch_size", "auto"))
     notice = ride.until(lambda event: isinstance(event, Notice) and "learning_rate" in event.text)
     assert isinstance(notice, Notice) and "train.learning_rate = 1e-3 from step" in notice.text
     ride.until_step(80)
@@ -319,6 +320,7 @@ def test_a_setting_that_was_changed_is_changed_again_on_resume(start: Start) -> 
     assert not ride.of(Alarm)
     refused = [event.text for event in ride.of(Notice) if event.text.startswith("not changed: ")]
     assert "train.batch_size cannot be changed" in refused[0] and "should be a number" in refused[1]
+    assert "give a number" in refused[2]
     before = dict(zip(*(array.tolist() for array in ride.run.curve("loss")), strict=True))
     rates = dict(zip(*(array.tolist() for array in ride.run.curve("learning_rate")), strict=True))
     assert rates[50] == 3e-3 and rates[80] == 1e-3
