@@ -205,6 +205,7 @@ def _quantize(net: nn.Module, config: dict[str, Any], bits: int, group_size: int
         net.update_modules(tree_unflatten([(path, quantized)]))
         del module, quantized
         mx.clear_cache()
+    loading.progress(f"quantizing to {bits} bits", len(paths), len(paths), "modules")
     if len(left) == len(paths):
         raise UserError(f"model.quantize_group_size = {group_size}: no module has rows that it divides")
     if left:
