@@ -186,6 +186,8 @@ def time_words(timing: Table) -> str:
     steps, within, seconds = timing["steps"], timing["steps_within_limit"], timing["seconds"]
     if within is not None and (steps is None or within < steps):
         most = within * ROUGHLY if steps is None else min(within * ROUGHLY, steps)
+        if round(most if rough else within) == 0:
+            return f"not one step {timing['limit']}, {source}"
         done = f"{within / ROUGHLY:,.0f} to {most:,.0f}" if rough else f"about {within:,}"
         if steps is None:
             return f"{done} steps {timing['limit']}, {source}"

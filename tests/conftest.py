@@ -24,6 +24,7 @@ from engine.profile import Profile
 from engine.profile_files import load_profile
 from engine.runs import create_run
 from engine.store import RunDirectory
+from retention_tui.session import Session
 
 TINY = """
 kind = "retention-lm"
@@ -108,6 +109,15 @@ def tiny_profile(tiny: Path) -> Callable[..., Profile]:
         return load_profile(str(tiny), [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
 
     return load
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    """The runs of a test's own folder, as the main thread owns them."""
+    session = Session(tmp_path / "runs")
+    yield session
+    session.stop("the test is over")
+    session.finish()
 
 
 @pytest.fixture

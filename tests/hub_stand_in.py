@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ class HubStandIn:
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, Path]] = {}
         self.gated: set[str] = set()
-        self.bytes_a_second = float("inf")
+        self.bytes_a_second = math.inf
+        self.holds_at = math.inf
+        """Of a large file so many bytes are given, and no more until this is larger."""
         self.requested: list[str] = []
         self.ranges: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -31,6 +34,7 @@ class HubStandIn:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
+        self.holds_at = math.inf
         self._server.shutdown()
         self._server.server_close()
 
@@ -120,6 +124,8 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
             for at in range(start, len(content), _PIECE_BYTES):
                 piece = content[at : at + _PIECE_BYTES]
                 time.sleep(len(piece) / hub.bytes_a_second if len(content) >= _PIECE_BYTES else 0)
+                while at >= hub.holds_at:
+                    time.sleep(0.01)
                 try:
                     self.wfile.write(piece)
                 except OSError:

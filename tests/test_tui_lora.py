@@ -13,13 +13,14 @@ import huggingface_hub.constants
 import pytest
 from hub_stand_in import HubStandIn, hub_stand_in
 from ride import Ride
-from test_tui_app import _impatient_pilot, click, seen, until  # noqa: F401
+from test_tui_app import _impatient_pilot, click, seen, step_shown, until  # noqa: F401
+from test_tui_widgets import OneChat
 from textual.app import App, ComposeResult
 from textual.pilot import Pilot
 from textual.widgets import Input
 from tiny_llama import write_rows, write_tiny_llama
 
-from engine.commands import CancelGeneration, Command, Generate
+from engine.commands import CancelGeneration, Generate
 from engine.environment import environment
 from engine.events import (
     AnswerEnded,
@@ -95,18 +96,10 @@ def tuned(tmp_path: Path, tiny_llama: Path) -> Path:
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    session = Session(tmp_path / "runs")
-    yield session
-    session.stop("the test is over")
-    session.finish()
-
-
-@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    """A slow hub with one model, of some 5 MB, and an empty cache."""
+    """A hub that gives half of its one model, of some 5 MB, and then waits; and an empty cache."""
     with hub_stand_in() as hub:
-        hub.bytes_a_second = 1e6
+        hub.bytes_a_second, hub.holds_at = 3e6, 2_500_000
         model = write_tiny_llama(tmp_path / "served", width=128, hidden=512, layers=5)
         hub.repositories["models/owner/tiny"] = {"main": model}
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
@@ -132,7 +125,7 @@ async def test_base_and_adapter_answer_side_by_side_also_from_elsewhere(session:
     client: Client = RemoteClient(here.run)
     app = RetentionApp(session, client)
     async with app.run_test(size=(130, 40)) as pilot:
-        await until(pilot, lambda: "● training" in seen(app))
+        await until(pilot, lambda: "● training" in seen(app) and step_shown(app) > 3)  # so that both are not the same
         await pilot.press("2")
         await until(pilot, lambda: "● both" in seen(app))  # what is taught on top of a base is compared with it
         temperature, tokens = (app.screen.query_one(f"#set-{name}", Input) for name in ("temperature", "max_tokens"))
@@ -169,15 +162,6 @@ def mlx_lm_says(session: Session, question: str, tokens: int) -> str:
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     return str(generate(model, tokenizer, prompt, max_tokens=tokens))
-
-
-class OneChat(App[None]):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[Command] = []
-
-    def compose(self) -> ComposeResult:
-        yield Chat(self.sent.append)
 
 
 async def test_what_is_typed_for_sampling_is_brought_into_its_range_and_asked_for() -> None:
@@ -276,7 +260,6 @@ async def test_a_download_is_shown_can_be_stopped_and_is_gone_on_with(
         await pilot.press("enter")
         how_far = r"downloading owner/tiny\s+[1-4] of 5 MB"
         await until(pilot, lambda: re.search(how_far, seen(app)))
-        hub.bytes_a_second = 1e5
         assert session.client is not None
         watcher = await asyncio.to_thread(RemoteClient, session.client.run)
         assert watcher.arrived.wait(5) and any(isinstance(event, LoadingProgress) for event in watcher.events())
@@ -289,7 +272,7 @@ async def test_a_download_is_shown_can_be_stopped_and_is_gone_on_with(
         await until(pilot, lambda: isinstance(app.screen, Launcher) and "● tuned" in seen(app))
         await pilot.press("end")
         await until(pilot, lambda: "● stopped  stopped on request while downloading owner/tiny" in seen(app))
-        hub.bytes_a_second = math.inf
+        hub.holds_at = math.inf
         await pilot.press("enter")
         await until(pilot, lambda: "● training" in seen(app) and "step" in seen(app))
     assert any(bytes_from.startswith("bytes=") for bytes_from in hub.ranges)  # it went on where it was stopped

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +59,6 @@ def without_data(tmp_path: Path) -> Path:
     profile = tmp_path / "planned.toml"
     profile.write_text(WITHOUT_DATA)
     return profile
-
-
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    session = Session(tmp_path / "runs")
-    yield session
-    session.stop("the test is over")
-    session.finish()
 
 
 def test_the_command_needs_neither_data_nor_tokenizer(without_data: Path, tmp_path: Path) -> None:
@@ -219,6 +210,16 @@ def timing(**known: Any) -> dict[str, Any]:
         (
             {"seconds_a_step": 163.0, "source": "estimate", "seconds": 76_370, "ends": 0},
             "15 to 30 h, a rough estimate from a run of another shape; --measure knows better",
+        ),
+        (
+            {
+                "seconds_a_step": 40_000.0,
+                "source": "estimate",
+                "steps": None,
+                "limit": "in 8 h",
+                "steps_within_limit": 0,
+            },
+            "not one step in 8 h, a rough estimate .*",
         ),
         (
             {"seconds_a_step": 100.0, "source": "estimate", "seconds": 46_800, "limit": "by 07:00"}

@@ -10,7 +10,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from engine.events import State
-from engine.profile import LoRAProfile, Profile, RetentionProfile
+from engine.profile import Checkpoint, LoRAProfile, Profile, RetentionProfile
 from engine.report import INTERRUPTED
 from engine.runs import DAMAGED
 from engine.store import RunSummary
@@ -112,8 +112,15 @@ def _profile_facts(profile: Profile) -> list[Fact]:
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
         ("warm-up", f"{train.warmup_steps:,} steps"),
         *_kind_facts(profile),
-        ("checkpoint", f"every {profile.checkpoint.every:,} steps" if profile.checkpoint.every else "by time"),
+        ("checkpoint", _how_often(profile.checkpoint)),
     ]
+
+
+def _how_often(checkpoint: Checkpoint) -> str:
+    """`every 15 steps or 30 minutes`."""
+    steps = [f"{checkpoint.every:,} steps"] if checkpoint.every else []
+    minutes = [f"{checkpoint.every_minutes:g} minutes"] if checkpoint.every_minutes else []
+    return f"every {' or '.join(steps + minutes)}" if steps or minutes else "at the end"
 
 
 def _kind_facts(profile: Profile) -> list[Fact]:
@@ -131,7 +138,7 @@ def _kind_facts(profile: Profile) -> list[Fact]:
             learned = f"rank {adapter.rank}, {scale}, dropout {adapter.dropout:g}"
             return [
                 ("base", base.init_from or "a small Llama that is pretrained here"),
-                ("quantized", f"to {base.quantize_bits} bits when loaded" if base.quantize_bits else "as it comes"),
+                *([("quantized", f"to {base.quantize_bits} bits when loaded")] if base.quantize_bits else []),
                 ("method", _METHODS[adapter.method]),
                 *([("adapter", learned), ("targets", _modules(adapter.targets))] if adapter.method != "full" else []),
                 ("rows", "questions about Python" if rows.builtin else rows.dataset or _last_parts(rows.files)),
