@@ -373,7 +373,7 @@ def test_weights_that_were_exchanged_may_be_in_another_order(rows: Path, tmp_pat
 @pytest.fixture
 def slow(tmp_path: Path) -> LoRAProfile:
     """A step in one micro-batch, long enough to be met half-way."""
-    base = write_tiny_llama(tmp_path / "slow", layers=12, width=64, hidden=256)
+    base = write_tiny_llama(tmp_path / "slow", layers=6, width=64, hidden=256)
     rows = write_rows(tmp_path / "slow-rows", 40, "messages")
     table = profile_of(base, rows, backward="layerwise").model_dump(mode="json", by_alias=True)
     table["train"] |= {"steps": 500, "batch_size": 8, "micro_batch_size": 8, "sequence_length": 64}

@@ -6,10 +6,11 @@ import contextlib
 import io
 import json
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from engine.optimizer import learning_rate
 from engine.profile import LoRAProfile, parse_profile
 from engine.profile_lora import Adapter
 from engine.runs import create_run
+from engine.store import RunDirectory
 from engine.tasks import make_task
 
 import mlx.optimizers as optim
@@ -40,16 +42,21 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 LENGTH = 40
 PANELS = ("adapter", "base")
 TRAIN = """
-import sys
+import os, signal, sys
+from engine.events import CheckpointSaved
 from engine.store import RunDirectory
 from engine.planner import profile_of
 from engine.worker import Engine
 from pathlib import Path
 run = RunDirectory(Path(sys.argv[1]))
 engine = Engine(run, profile_of(run))
+heard = engine.subscribe()
 engine.start()
-engine.join()
+while engine.ended is None:
+    if any(isinstance(event, CheckpointSaved) for event in heard.take(0.1)):
+        os.kill(os.getpid(), signal.SIGKILL)
 """
+"""A process that trains and is killed once a checkpoint is written."""
 RideOf = Callable[..., Ride]
 
 
@@ -167,8 +174,19 @@ def test_mlx_lm_generates_what_our_chat_says(tmp_path: Path, ride: RideOf, tiny_
     assert said["adapter"] != said["base"]
 
 
+def assert_same_end(one: RunDirectory, other: RunDirectory) -> None:
+    assert losses(one) == losses(other)
+    for name in ("adapters.safetensors", "optimizer.safetensors"):
+        first, second = (mx.load(str(choose_checkpoint(run, "latest").path / name)) for run in (one, other))
+        assert first.keys() == second.keys()  # type: ignore[union-attr]
+        for key in first:
+            same = first[key].dtype == second[key].dtype and mx.array_equal(first[key], second[key])  # type: ignore[index]
+            assert same, key
+
+
 @pytest.mark.parametrize("backward", ["whole", "layerwise"])
-def test_a_killed_run_goes_on_bit_for_bit(backward: str, tmp_path: Path, ride: RideOf, tiny_llama: Path) -> None:
+def test_a_run_goes_on_bit_for_bit(backward: str, tmp_path: Path, ride: RideOf, tiny_llama: Path) -> None:
+    """After it was killed; and from a step before, by which a process of its own is spared."""
     profile = profile_of(
         tiny_llama,
         write_rows(tmp_path / "rows", 40),
@@ -178,25 +196,20 @@ def test_a_killed_run_goes_on_bit_for_bit(backward: str, tmp_path: Path, ride: R
     )
     alone = ride(profile)
     alone.end()
+    if backward == "whole":
+        again = RunDirectory(shutil.copytree(alone.run.path, tmp_path / "again"))
+        shutil.rmtree(choose_checkpoint(again, "latest").path)
+        assert ride(profile, resume=again).end().step == 20
+        assert_same_end(again, alone.run)
+        return
 
     identity = {"profile": profile.model_dump(mode="json", by_alias=True), "environment": environment()}
     killed = create_run(tmp_path / "killed", "run", identity)
     process = subprocess.Popen([sys.executable, "-c", TRAIN, str(killed.path)])
-    deadline = time.monotonic() + 60
-    while not (killed.checkpoints_path / "step-0000010").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
     assert [checkpoint.step for checkpoint in list_checkpoints(killed)] == [10]
-
-    ride(profile, resume=killed).end()
-    assert losses(killed) == losses(alone.run)
-    for name in ("adapters.safetensors", "optimizer.safetensors"):
-        one, other = (mx.load(str(choose_checkpoint(run, "latest").path / name)) for run in (alone.run, killed))
-        assert one.keys() == other.keys()  # type: ignore[union-attr]
-        for key in one:
-            assert one[key].dtype == other[key].dtype and mx.array_equal(one[key], other[key]), key  # type: ignore[index]
+    assert ride(profile, resume=killed).end().step == 20
+    assert_same_end(killed, alone.run)
 
 
 def test_going_on_from_an_adapter(tmp_path: Path, ride: RideOf, tiny_llama: Path) -> None:
@@ -284,10 +297,19 @@ def test_what_is_wrong_is_one_line_before_anything_is_trained(name: str, tmp_pat
     assert re.fullmatch(said, ended.reason), ended.reason
 
 
-def test_the_benchmark_against_mlx_lm_runs_here(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "benchmarks" / "lora_step.py"
-    small = ["--shapes", "2x64", "--bits", "16", "--steps", "1", "--skipped", "1"]
-    done = subprocess.run([sys.executable, script, *small], capture_output=True, text=True, check=True)
-    table = [line.split() for line in done.stdout.splitlines()[2:]]
-    assert [line[2] for line in table] == ["best", "whole", "layerwise"], done.stdout
-    assert all(float(line[4]) > 0 for line in table)
+def test_the_benchmark_against_mlx_lm_runs_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(Path(__file__).parent / "benchmarks" / "lora_step.py")
+
+    def printed(*options: str) -> list[str]:
+        small = ["--shapes", "2x64", "--bits", "16", "--steps", "1", "--skipped", "1"]
+        monkeypatch.setattr(sys, "argv", [script, *options, *small])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    [case] = [line.split() for line in printed("--cases", "best")[2:]]  # in a process of its own, as each of them has
+    assert case[2] == "best" and float(case[4]) > 0 and case[5:] == ["1.00", "1.00"]
+    for way in ("whole", "layerwise"):  # what such a process does
+        [result] = map(json.loads, printed("--case", way))
+        assert result["tokens_per_second"] > 0 and result["peak_bytes"] > 10**7

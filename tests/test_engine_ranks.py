@@ -20,6 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.store import RunDirectory
+from retention_tui.session import Session
 
 LAUNCH = [str(Path(sys.executable).parent / "mlx.launch"), "--backend", "ring", "-n"]
 COMMAND = [sys.executable, "-m", "retention_tui"]
@@ -58,10 +59,23 @@ def launch(ranks: int, *command: str) -> subprocess.Popen[str]:
     )
 
 
+def begin(folder: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
+    return launch(ranks, *COMMAND, *arguments, "--headless", "--runs-dir", str(folder / "runs"))
+
+
 def train(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    process = launch(ranks, *COMMAND, *arguments, "--headless", "--runs-dir", str(folder / "runs"))
+    process = begin(folder, ranks, *arguments)
     output, errors = finish(process)
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+
+def train_alone(folder: Path, name: str, start: list[str]) -> Session:
+    """A run of one rank, in this process, which has come to its end."""
+    _, profile, *options = start
+    session = Session(folder / "runs")
+    session.start(profile, options[1::2], name)
+    session.finish()
+    return session
 
 
 def weights(run: RunDirectory) -> dict[str, np.ndarray]:
@@ -95,7 +109,7 @@ def of_two(shared_tiny: Path) -> RunDirectory:
 
 
 def test_two_ranks_train_as_one(of_two: RunDirectory, start: list[str], tmp_path: Path) -> None:
-    assert train(tmp_path, 1, *start, "--name", "of-one").returncode == 0
+    assert train_alone(tmp_path, "of-one", start).ended is not None
     of_one = RunDirectory(tmp_path / "runs/of-one")
     one, two = weights(of_one), weights(of_two)
     for name, array in one.items():
@@ -115,7 +129,10 @@ def test_two_ranks_resume(of_two: RunDirectory, tmp_path: Path) -> None:
     assert "continues at step" in done.stdout
     whole, again = weights(of_two), weights(part)
     assert all(np.array_equal(array, again[name]) for name, array in whole.items())
-    assert "ranks was 2, is 1" in train(tmp_path, 1, "resume", "part").stdout
+    session = Session(tmp_path / "runs")
+    session.resume("part")
+    assert session.finish() == 0
+    assert any("ranks was 2, is 1" in event.get("text", "") for event in part.events())
 
 
 def test_all_ranks_end_with_the_same_weights(tiny: Path, tmp_path: Path) -> None:
@@ -127,14 +144,13 @@ def test_all_ranks_end_with_the_same_weights(tiny: Path, tmp_path: Path) -> None
     assert all(np.array_equal(array, one[name]) for name, array in zero.items())
 
 
-@pytest.mark.parametrize(
-    ("setting", "reason"),
-    [("data.files=nowhere.txt", "nowhere.txt"), ("train.batch_size=7", "cannot be shared by 2 ranks")],
-)
-def test_bad_input_ends_all_ranks(start: list[str], tmp_path: Path, setting: str, reason: str) -> None:
-    done = train(tmp_path, 2, *start, "--set", setting, "--name", "bad")
-    assert reason in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+def test_bad_input_ends_all_ranks(start: list[str], tmp_path: Path) -> None:
+    wrong = {"data.files=nowhere.txt": "nowhere.txt", "train.batch_size=7": "cannot be shared by 2 ranks"}
+    under_way = [begin(tmp_path / f"{number}", 2, *start, "--set", key) for number, key in enumerate(wrong)]
+    for process, reason in zip(under_way, wrong.values(), strict=True):
+        output, errors = finish(process)
+        assert reason in errors
+        assert "Traceback" not in errors + output
 
 
 def test_what_fails_on_rank_0_alone_ends_all(start: list[str], tmp_path: Path) -> None:
@@ -150,6 +166,7 @@ class Pair:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir()
         self._hosts = folder / "hosts.json"
         self._hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(2)]))
         self.ranks: list[subprocess.Popen[str]] = []
@@ -190,13 +207,19 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    pair = Pair(tmp_path)
-    yield pair
-    for rank in pair.ranks:
+def pairs(tmp_path: Path) -> Iterator[list[Pair]]:
+    """Three of them, each in a folder of its own."""
+    pairs = [Pair(tmp_path / f"pair-{number}") for number in range(3)]
+    yield pairs
+    for rank in [rank for pair in pairs for rank in pair.ranks]:
         with suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
         rank.communicate()
+
+
+@pytest.fixture
+def pair(pairs: list[Pair]) -> Pair:
+    return pairs[0]
 
 
 FOR_EVER = settings("train.steps=100000", "validate.every=0", "checkpoint.every=0")
@@ -226,39 +249,37 @@ def test_sigterm_to_any_rank_stops_all_with_a_checkpoint(pair: Pair, start: list
     assert pair.run.attempts()[-1].reason == "another rank was asked to stop"
 
 
-def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(pair: Pair, start: list[str]) -> None:
+def test_a_rank_that_waits_for_another_can_be_ended(pairs: list[Pair], start: list[str]) -> None:
+    """For one that hangs; and, either of them alone, for one that never comes."""
+    hanging, *lonely = pairs
     for _ in range(2):
-        pair.start(*start, *FOR_EVER)
-    pair.wait_for_step(3)
-    pair.ranks[1].send_signal(signal.SIGSTOP)
-    pair.ranks[0].send_signal(signal.SIGTERM)
-    _, errors = finish(pair.ranks[0], 30)
-    assert pair.ranks[0].returncode == 128 + signal.SIGTERM
+        hanging.start(*start, *FOR_EVER)
+    hanging.wait_for_step(3)
+    hanging.ranks[1].send_signal(signal.SIGSTOP)
+    hanging.ranks[0].send_signal(signal.SIGTERM)
+    for rank, pair in enumerate(lonely):
+        pair.start(*start, *FOR_EVER, rank=rank)
+    _, errors = finish(hanging.ranks[0], 30)
+    assert hanging.ranks[0].returncode == 128 + signal.SIGTERM
     assert "another rank does not answer" in errors
+    for pair in lonely:
+        assert pair.ranks[0].poll() is None
+        pair.ranks[0].send_signal(signal.SIGTERM)
+        assert pair.ranks[0].wait(5) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_waits_for_another_to_come_can_be_ended(pair: Pair, start: list[str], rank: int) -> None:
-    pair.start(*start, *FOR_EVER, rank=rank)
-    time.sleep(2.5)
-    assert pair.ranks[0].poll() is None
-    pair.ranks[0].send_signal(signal.SIGTERM)
-    assert pair.ranks[0].wait(5) == -signal.SIGTERM
-
-
-@pytest.mark.parametrize(
-    ("difference", "reason"),
-    [("train.steps=9", "the same number of steps"), ("data.heldout_fraction=0.3", "the same data")],
-)
-def test_ranks_that_differ_are_refused(pair: Pair, start: list[str], difference: str, reason: str) -> None:
-    pair.start(*start)
-    pair.start(*start, "--set", difference)
-    ends = pair.end()
-    assert [code for code, _ in ends] == [2, 2], ends
-    for _, errors in ends:
-        (line,) = [line for line in errors.splitlines() if "retention-tui" in line]
-        assert reason in line
-    assert "rank 1" in ends[1][1]
+def test_ranks_that_differ_are_refused(pairs: list[Pair], start: list[str]) -> None:
+    different = {"train.steps=9": "the same number of steps", "data.heldout_fraction=0.3": "the same data"}
+    for pair, difference in zip(pairs, different, strict=False):
+        pair.start(*start)
+        pair.start(*start, "--set", difference)
+    for pair, reason in zip(pairs, different.values(), strict=False):
+        ends = pair.end()
+        assert [code for code, _ in ends] == [2, 2], ends
+        for _, errors in ends:
+            (line,) = [line for line in errors.splitlines() if "retention-tui" in line]
+            assert reason in line
+        assert "rank 1" in ends[1][1]
 
 
 def test_a_defect_of_a_helping_rank_is_told_on_its_standard_error(pair: Pair, start: list[str]) -> None:
@@ -276,12 +297,13 @@ def test_a_defect_of_a_helping_rank_is_told_on_its_standard_error(pair: Pair, st
 
 
 def test_steps_without_a_number_are_counted_on_over_a_resume(pair: Pair, start: list[str]) -> None:
-    assert train(pair.folder, 1, *start, "--set", "train.steps=1", "--name", "source").returncode == 0
+    train_alone(pair.folder, "source", [*start, "--set", "train.steps=1"])
     folder = pair.folder / "spoilt"
     shutil.copytree(max((pair.folder / "runs/source/checkpoints").iterdir()), folder)
     spoilt = {name: array * math.nan for name, array in load_file(folder / "model.safetensors").items()}
     save_file(spoilt, folder / "model.safetensors")
-    assert train(pair.folder, 1, *start, *settings(f"model.init_from={folder}"), "--name", "pair").returncode == 4
+    ended = train_alone(pair.folder, "pair", [*start, *settings(f"model.init_from={folder}")]).ended
+    assert ended is not None and ended.exit_code == 4
     for _ in range(2):
         pair.start("resume", "pair")
     ends = pair.end()

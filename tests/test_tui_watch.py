@@ -313,7 +313,6 @@ class TestOnTheScreen:
         self, session: Session, elsewhere: Elsewhere
     ) -> None:
         settings = [f"train.steps={FOR_EVER}", *SMALL]
-        alone = elsewhere.begin(name="alone")
         client = session.start(str(elsewhere.profile), settings, "moved")
         app = RetentionApp(session, client)
         async with app.run_test(size=(130, 40)) as pilot:
@@ -336,6 +335,7 @@ class TestOnTheScreen:
             await until(pilot, lambda: not app.is_running)
         steps, losses = client.run.curve("loss")
         assert steps.tolist() == list(range(1, len(steps) + 1)) and len(steps) > went_on_at + 5
+        alone = session.start(str(elsewhere.profile), settings, "alone").run
         wait_for(lambda: step(alone) >= len(steps), "other run")
         assert losses.tolist() == alone.curve("loss")[1].tolist()[: len(losses)]
         assert [attempt.id for attempt in client.run.attempts()] == [1, 2]
