@@ -59,10 +59,6 @@ class LeftOut:
             raise error
         self.add(error.reason, error.origin)
 
-    @property
-    def count(self) -> int:
-        return sum(map(len, self.origins.values()))
-
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
