@@ -425,12 +425,21 @@ def _build_of(layer: nn.Module) -> Any:
     for name, module in sorted(layer.named_modules(), key=lambda item: item[0]):
         parts.append((name, type(module)))
         for key, value in sorted((*vars(module).items(), *module.items()), key=lambda item: str(item[0])):
+            is_parameter = not str(key).startswith("_")
             if isinstance(value, mx.array):
-                is_parameter = not key.startswith("_")
                 content = None if is_parameter else np.asarray(value.astype(mx.float32)).tobytes()
                 parts.append((key, value.shape, value.dtype, content))
-            elif isinstance(value, int | float | str | bool | type(None)):
-                parts.append((key, value))
-            elif not isinstance(value, nn.Module | dict | list | set):
-                parts.append((key, id(value)))
+            elif isinstance(value, list | tuple | dict) and not isinstance(value, nn.Module):
+                parts.extend(
+                    (key, name, _known_by(leaf))
+                    for name, leaf in tree_flatten(value)
+                    if not (is_parameter and isinstance(leaf, mx.array))  # weights are given to the function
+                )
+            elif not isinstance(value, nn.Module | set):
+                parts.append((key, _known_by(value)))
     return tuple(parts)
+
+
+def _known_by(value: Any) -> Any:
+    """What two values that are the same have in common."""
+    return value if isinstance(value, int | float | str | bool | type(None)) else id(value)
