@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.backend import mx, scalar
+from engine.backend import is_out_of_memory, mx, scalar
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -130,6 +130,8 @@ class Anatomy:
         except CannotCutError:
             raise
         except Exception as error:  # an architecture that nobody thought of
+            if is_out_of_memory(error):
+                raise
             raise CannotCutError(" ".join(str(error).split()) or type(error).__name__) from error
         return parts
 
