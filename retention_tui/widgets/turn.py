@@ -86,6 +86,8 @@ class Turn(Vertical):
         self._prompt = asks[0].prompt
         self.answers = [Answer(ask) for ask in asks]
         self.cancelled = False
+        self.fills_screen = False
+        """Whether it has grown beyond what can be seen at once, so that it is left where it is."""
 
     def compose(self) -> ComposeResult:
         with Horizontal(classes="question"):
@@ -111,7 +113,7 @@ def new_answer() -> str:
 
 
 def _speed(tokens: int, seconds: float, more: str) -> str:
-    parts = [f"{tokens:,} tokens"]
+    parts = [f"{tokens:,} token{'' if tokens == 1 else 's'}"]
     if seconds > 0 and tokens > 1:
         parts.append(f"{tokens / seconds:.0f} tok/s")
     return " · ".join([*parts, more] if more else parts)
