@@ -59,6 +59,6 @@ def learning_rate(train: Train, step: int, total_steps: int) -> float:
         case "step":
             times = after // train.decay_steps
             return max(train.learning_rate * train.decay_rate**times, train.final_learning_rate)
-    progress = min(1.0, after / max(1, total_steps - train.warmup_steps))
+    progress = min(1.0, after / (max(1, total_steps - train.warmup_steps) + 1))  # the last step learns too
     falling = 0.5 * (1 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1 - progress
     return train.final_learning_rate + (train.learning_rate - train.final_learning_rate) * falling

@@ -315,8 +315,15 @@ GRANITE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("own", [GRANITE, {"model_type": "gemma2"}], ids=lambda own: own["model_type"])
-def test_a_layer_that_scales_is_no_pair_of_halves_beside_massive_activations_either(own: dict[str, Any]) -> None:
+MINICPM = {"model_type": "minicpm", "scale_depth": 0.7, "scale_emb": 1.0, "dim_model_base": 32}
+
+
+@pytest.mark.parametrize(
+    ("own", "halves"), [(GRANITE, 2), ({"model_type": "gemma2"}, 2), (MINICPM, 1)], ids=lambda own: str(own)[:30]
+)
+def test_a_layer_that_scales_is_no_plain_pair_of_halves_beside_massive_activations_either(
+    own: dict[str, Any], halves: int
+) -> None:
     config = {
         "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "vocab_size": 96,
@@ -327,7 +334,17 @@ def test_a_layer_that_scales_is_no_pair_of_halves_beside_massive_activations_eit
     embedding = np.array(model.model.embed_tokens.weight)
     embedding[1, 3] = 3000.0  # as the first token's are in models that were trained
     model.model.embed_tokens.weight = mx.array(embedding)
-    assert [len(halves) for halves in Anatomy(model).check()] == [1, 1]
+    anatomy = Anatomy(model)
+    parts = anatomy.check()
+    assert [len(pair) for pair in parts] == [halves, halves]
+    hidden, arguments = anatomy.enter(mx.array([[1, 2, 3, 4]]))
+    for pair, layer, given in zip(parts, anatomy.layers, arguments, strict=True):
+        added = np.array(layer(hidden, *given.positional) - hidden)
+        cut = hidden
+        for half in pair:
+            cut = half.run(layer, cut, *given.positional)
+        np.testing.assert_allclose(np.array(cut - hidden), added, atol=1e-3)
+        hidden = cut
 
 
 # Between layers

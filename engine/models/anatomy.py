@@ -113,7 +113,7 @@ class Anatomy:
         return self._parts
 
     def _compare(self) -> list[tuple[Half, ...]]:
-        tokens = mx.arange(1, _TOKENS + 1)[None]
+        tokens = mx.arange(1, 2 * _TOKENS + 1).reshape(2, _TOKENS)
         try:
             whole = self.model(tokens)
             hidden, arguments = self.enter(tokens)
@@ -170,6 +170,24 @@ def _think(layer: nn.Module, hidden: mx.array, *_args: Any, **_kwargs: Any) -> m
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
+def _attend_scaled(layer: nn.Module, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    return hidden + layer.self_attn(layer.input_layernorm(hidden), *args, **kwargs) * layer.residual_multiplier
+
+
+def _think_scaled(layer: nn.Module, hidden: mx.array, *_args: Any, **_kwargs: Any) -> mx.array:
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)) * layer.residual_multiplier
+
+
+def _attend_and_norm(layer: nn.Module, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    before = layer.input_layernorm(hidden) if "input_layernorm" in layer else hidden
+    return hidden + layer.post_attention_layernorm(layer.self_attn(before, *args, **kwargs))
+
+
+def _think_and_norm(layer: nn.Module, hidden: mx.array, *_args: Any, **_kwargs: Any) -> mx.array:
+    before = layer.pre_feedforward_layernorm(hidden) if "pre_feedforward_layernorm" in layer else hidden
+    return hidden + layer.post_feedforward_layernorm(layer.mlp(before))
+
+
 def _retain(layer: nn.Module, hidden: mx.array) -> mx.array:
     return layer.retain(hidden)
 
@@ -179,10 +197,17 @@ def _transform(layer: nn.Module, hidden: mx.array) -> mx.array:
 
 
 WHOLE_LAYER = Half(_run_layer, by_token=False)
+_ATTENTION, _MLP = ("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm")
 _PAIRS = (
-    (  # most of mlx-lm's
-        Half(_attend, by_token=False, modules=("self_attn", "input_layernorm")),
-        Half(_think, by_token=True, modules=("mlp", "post_attention_layernorm")),
+    (Half(_attend, by_token=False, modules=_ATTENTION), Half(_think, by_token=True, modules=_MLP)),  # most of mlx-lm's
+    (Half(_attend_scaled, by_token=False, modules=_ATTENTION), Half(_think_scaled, by_token=True, modules=_MLP)),
+    (  # Gemma's, with four norms, and OLMo 2's, with two of them
+        Half(_attend_and_norm, by_token=False, modules=(*_ATTENTION, "post_attention_layernorm")),
+        Half(
+            _think_and_norm,
+            by_token=True,
+            modules=("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        ),
     ),
     (  # our own
         Half(_retain, by_token=False, modules=("retention", "gate", "retention_norm")),

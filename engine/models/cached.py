@@ -38,7 +38,7 @@ def speak(model: nn.Module, tokenizer: Any, ask: Generate) -> Iterator[str | Non
         top_p=ask.top_p,
         seed=ask.seed,
         ends=tokenizer.eos_token_ids,
-        vocabulary=len(tokenizer),
+        vocabulary=1 + max(tokenizer.get_vocab().values()),  # its ids may have holes
     )
     piece: str | None = None  # kept back for one token: the last one has what is left at the end, so pieces are tokens
     for token in tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.backend import mx
+from engine.backend import mx, on_gpu
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -35,9 +35,12 @@ class KeyedDropout(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if not self.training or self.rate == 0:
             return x
-        # Sixteen random bits are fine enough for a rate, and half the work and memory of MLX's Bernoulli.
-        drawn = mx.random.uniform(shape=x.shape, dtype=mx.float16, key=self._keys.next())
-        return mx.where(drawn < self.rate, mx.array(0, dtype=x.dtype), x * (1 / (1 - self.rate)))
+        key, zero = self._keys.next(), mx.array(0, dtype=x.dtype)
+        if on_gpu():  # sixteen random bits are fine enough for a rate, and half as much to keep
+            dropped = mx.random.uniform(shape=x.shape, dtype=mx.float16, key=key) < self.rate
+        else:  # which a CPU is slower at
+            dropped = mx.random.bernoulli(self.rate, x.shape, key=key)
+        return mx.where(dropped, zero, x * (1 / (1 - self.rate)))
 
 
 def take_keys(model: nn.Module, keys: Keys, rate: float) -> None:

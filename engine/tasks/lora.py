@@ -35,6 +35,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.utils import get_total_parameters
 
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
+"""Of each file of weights, what tells a base from another of its shape."""
+
 _PARTS = {"self_attn": "attention", "mlp": "mlp", "embed_tokens": "embedding", "lm_head": "head"}
 
 
@@ -160,7 +163,9 @@ class LoRATask:
 
     def answer(self, parameters: Any | None, ask: Generate) -> Iterator[str | None]:
         if parameters is None:
-            return speak(self._fresh_base().eval(), self._tokenizer, ask)
+            if self._bare is None:
+                raise UserError("all weights are trained, so the base is not in memory any more")
+            return speak(twin(self._bare).eval(), self._tokenizer, ask)
         speaker = twin(self.model)  # it keeps its weights while training goes on; the base's are shared
         if self._profile.adapter.method == "full":
             dtype = compute_dtype(self._train.dtype)
@@ -179,10 +184,17 @@ def _in_float32(parameters: Any) -> Any:
 
 
 def _digest(base: Base) -> str:
-    """Names a base by its config and by the sizes of its weights: to read them all would take too long."""
-    sizes = sorted((path.name, path.stat().st_size) for path in base.folder.glob("*.safetensors"))
+    """Names a base by its config and by some of its weights: to read them all would take too long."""
     config = {key: value for key, value in base.config.items() if not key.startswith("_")}
-    return hashlib.sha256(json.dumps([config, sizes], sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for path in sorted(base.folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\0".encode())
+        with path.open("rb") as file:
+            for place in range(_SAMPLES):
+                file.seek(place * size // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _find_adapter(name: str, runs_folder: Path) -> Path:
