@@ -83,7 +83,7 @@ def describe(event: Event) -> str | None:
         case RunOpened():
             start = f"continues at step {event.step}" if event.step else "starts"
             return (
-                f"{event.run}: {event.task}, {event.parameters:,} parameters, {event.dtype} on {event.device}; "
+                f"{event.run}: {event.task}, {_parameters(event)}, {event.dtype} on {event.device}; "
                 f"{start}, {event.total_steps} steps in all; {event.directory}"
             )
         case StateChanged(state=State.TRAINING | State.VALIDATING | State.LOADING, reason=""):
@@ -102,6 +102,12 @@ def describe(event: Event) -> str | None:
             return f"{event.state} at step {event.step}: {event.reason}"
         case _:
             return None
+
+
+def _parameters(event: RunOpened) -> str:
+    """`1,234 parameters`, or `56 of 1,234 parameters trained`."""
+    trained, said = event.trained_parameters, f"{event.parameters:,} parameters"
+    return said if trained in (None, event.parameters) else f"{trained:,} of {said} trained"
 
 
 _WORDS = {"val_loss": "Val loss", "val_perplexity": "Val perplexity", "val_bits_per_byte": "Val bits per byte"}

@@ -194,7 +194,6 @@ class RunDirectory:
         if not live and not State(state).final:
             state = "interrupted"
         loss, val_loss = self.last("loss"), self.last("val_loss")
-        files = [path for path in (self.database_path, Path(f"{self.database_path}-wal")) if path.exists()]
         return RunSummary(
             name=self.name,
             path=self.path,
@@ -205,9 +204,19 @@ class RunDirectory:
             total_steps=attempts[-1].total_steps if attempts else 0,
             loss=loss[1] if loss else None,
             val_loss=val_loss[1] if val_loss else None,
-            updated=max([path.stat().st_mtime for path in files], default=self.identity_path.stat().st_mtime),
+            updated=self.last_written(),
             live=live,
         )
+
+    def last_written(self) -> float:
+        """When the run last wrote something, in seconds since the epoch; 0 where it has nothing yet."""
+        newest = 0.0
+        for path in (self.identity_path, self.database_path, Path(f"{self.database_path}-wal"), self.log_path):
+            with contextlib.suppress(OSError):
+                found = path.stat()
+                if found.st_size:  # who only looks at a run leaves an empty -wal behind
+                    newest = max(newest, found.st_mtime)
+        return newest
 
     def is_live(self) -> bool:
         """True while some process holds the run's lock."""

@@ -234,6 +234,7 @@ def export(
         if output is None:
             raise UserError("export --format adapters needs -o with a folder that is not there yet")
         export_adapters(runs_dir, run_name, output, _report)
+        print(output)
     else:
         listings.export_run(runs_dir, run_name, form, output)
 

@@ -134,6 +134,14 @@ class Series:
         bucket = known[np.argmin(self._low[known])]
         return float(self._last[bucket]), float(self._low[bucket])
 
+    def newest(self) -> tuple[float, float] | None:
+        """Step and value of the newest value (its bucket's mean, once buckets hold several); None without values."""
+        known = np.flatnonzero(self._count[: self._size])
+        if not known.size:
+            return None
+        bucket = known[-1]
+        return float(self._last[bucket]), float(self._sum[bucket] / self._count[bucket])
+
     def add(self, step: float, value: float) -> None:
         """Adds the value of one step. A step that is not new takes the history back to it first."""
         if step <= self.last_step:

@@ -157,6 +157,8 @@ class Progress:
             self._chart(step, {name: value for name, value in metrics.items() if name not in known})
         if self.best_step is None and (best := history["val_loss"].least()) is not None:
             self.best_step, self.best_val_loss = int(best[0]), best[1]
+        if "val_loss" not in self.metrics and (newest := history["val_loss"].newest()) is not None:
+            self._validated_step, self.metrics["val_loss"] = int(newest[0]), newest[1]
 
     def adopt_entries(self, entries: list[Entry]) -> None:
         """Puts what the log said in earlier attempts before what it has said since."""

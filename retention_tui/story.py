@@ -36,7 +36,7 @@ def while_away(runs_folder: Path, since: float = 0.0) -> list[News]:
         run = RunDirectory(path)
         try:
             seen = max(since, last_look(runs_folder, run.name))
-            if _last_written(run) > seen and (told := befallen(report(run), seen)):
+            if run.last_written() > seen and (told := befallen(report(run), seen)):
                 news.append(told)
         except (UserError, KeyError, TypeError, ValueError, OSError):  # damaged; the list of runs says so
             continue
@@ -144,11 +144,6 @@ def _ending(stretch: Stretch) -> str:
     if stretch.state == INTERRUPTED:
         return f"broke off after step {stretch.to_step:,}, without a word: killed, or without power"
     return f"{stretch.state} at step {stretch.to_step:,}{f': {stretch.reason}' if stretch.reason else ''}"
-
-
-def _last_written(run: RunDirectory) -> float:
-    paths = (run.database_path, Path(f"{run.database_path}-wal"))
-    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
 def _date(moment: float) -> str:

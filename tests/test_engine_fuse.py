@@ -210,7 +210,8 @@ def test_the_command_line_fuses_exports_and_speaks(
     assert answer.strip() and answer == f"{said(runs, run.name)}\n"
     assert command("fuse", run.name, "-o", tmp_path / "fused", "--gguf").strip() == str(tmp_path / "fused")
     assert (tmp_path / "fused" / "model-f16.gguf").is_file()
-    command("export", run.name, "--format", "adapters", "-o", tmp_path / "adapters")
+    adapters = tmp_path / "adapters"
+    assert command("export", run.name, "--format", "adapters", "-o", adapters).strip() == str(adapters)
     assert command("generate", tmp_path / "adapters", *asked[:-2]) == answer
     with pytest.raises(UserError, match="needs -o"):
         command("export", run.name, "--format", "adapters")

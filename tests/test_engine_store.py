@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import resource
 import sqlite3
 import time
@@ -192,6 +193,16 @@ def test_a_value_of_the_step_that_an_attempt_goes_on_from_is_on_the_curve(run: R
     store.close()
     assert run.curve("val_loss")[0].tolist() == [3]
     assert run.curve("loss")[1].tolist() == [1.0, 2.0, 3.0, 40.0]
+
+
+def test_who_looks_at_a_run_writes_nothing(run: RunDirectory, tmp_path: Path) -> None:
+    store = StoreWriter(run)
+    store.begin_attempt(0, 1)
+    store.close()
+    for file in run.path.iterdir():
+        os.utime(file, (1e9, 1e9))
+    assert run.attempts() and run.last("loss") is None
+    assert [summary.updated for summary in list_runs(tmp_path)] == [1e9]
 
 
 def test_readings_come_back_as_they_were(run: RunDirectory) -> None:

@@ -28,12 +28,13 @@ from engine.events import (
     LoadingProgress,
     MemoryHeld,
     RunEnded,
+    RunOpened,
     State,
     StateChanged,
     StepCompleted,
     to_json,
 )
-from engine.lines import LineWriter
+from engine.lines import LineWriter, describe
 from engine.planner import plan
 from engine.planning.report import as_table
 from engine.profile import Profile
@@ -322,6 +323,15 @@ def test_a_download_has_few_lines_and_all_of_its_events() -> None:
     assert unknown == ["downloading owner/tiny: 4,000 rows"]
     event = downloading(1.0, 2.0, None)
     assert read_event(parse(to_json(event).encode())) == event
+
+
+def test_a_line_says_how_much_of_the_model_learns() -> None:
+    opened = RunOpened(
+        run="night", directory="runs/night", task="lora", device="cpu", dtype="float32", parameters=5000, step=0,
+        total_steps=9, attempt=1, trained_parameters=40,
+    )  # fmt: skip
+    assert "night: lora, 40 of 5,000 parameters trained, float32" in str(describe(opened))
+    assert "lora, 5,000 parameters, float32" in str(describe(dataclasses.replace(opened, trained_parameters=5000)))
 
 
 class Head(App[None]):

@@ -301,6 +301,10 @@ def test_what_a_run_left_behind_when_it_went_back_is_forgotten() -> None:
     history["val_loss"].add(40, 1.5)
     progress.adopt_history(history)
     assert (progress.best_val_loss, progress.best_step) == (1.5, 40)
+    assert progress.metrics["val_loss"] == 1.5  # as long as nothing newer was measured
+    progress.apply(Validated(step=70, metrics={"val_loss": 2.0}, best=False))
+    progress.adopt_history(history)
+    assert progress.metrics["val_loss"] == 2.0
 
 
 def test_who_comes_late_hears_of_no_measurement_that_was_left_behind() -> None:
