@@ -45,7 +45,7 @@ from engine.opening import (
 from engine.optimizer import learning_rate
 from engine.outcome import Outcome
 from engine.oversight import Oversight
-from engine.planner import plan, suggest
+from engine.planner import plan, settle, suggest
 from engine.planning.capacity import gigabytes
 from engine.profile import Profile
 from engine.ranks import RankLost, Ranks
@@ -123,6 +123,8 @@ class Trainer:
         self._go_on_from(checkpoint)
         if checkpoint is not None and resume_from != "latest":
             self._try_to_amend(partial(self._amendments.forget_after, checkpoint.step))
+        if profile.train.backward == "layerwise" and not self._update.by_layer and ranks.chief:
+            self._fit_whole()
         if checkpoint is None and self._task.borrowed_weights:
             self._checkpoint()  # what they came from may change or vanish; the run needs it no more
         self._controls.take(loading.heard())
@@ -234,6 +236,15 @@ class Trainer:
     def _micro_batch_size(self) -> int:
         share = self._profile.train.batch_size // self._ranks.size
         return min(self._settings.train.at_once or share, share)
+
+    def _fit_whole(self) -> None:
+        """The plan was one of layers; for the whole graph it may be that only smaller micro-batches fit."""
+        train = self._profile.train.model_copy(update={"backward": "whole", "micro_batch_size": "auto"})
+        size = settle(self._profile.model_copy(update={"train": train})).train.at_once or 1
+        if size < self._micro_batch_size:
+            now = self._micro_batch_size
+            self._try_to_amend(lambda: self._amendments.set(self.progress.step, "train.micro_batch_size", str(size)))
+            self._warn(f"micro-batch {now} → {size}: so the whole graph fits; still the same step", guard="plan")
 
     def _rate(self, step: int) -> float:
         rate = learning_rate(self._amendments.at(step).train, step, self._total_steps)

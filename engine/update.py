@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from engine.backend import mx, scalar
-from engine.backward import Pulse, Sums, make_backward
+from engine.backward import Pulse, Sums, Whole, make_backward
 from engine.optimizer import make_optimizer
 from engine.profile import Train
 from engine.ranks import Ranks
@@ -59,6 +59,7 @@ class Update:
         self.optimizer.init(self.parameters)
         self._task, self._train, self._ranks = task, train, ranks
         self._backward = make_backward(task, train, dtype, compiled, warn)
+        self.by_layer = not isinstance(self._backward, Whole)
         self._sums: Sums | None = None
         self._tokens = self._real = self._places = 0
         self.intact = True

@@ -18,6 +18,7 @@ from engine.loading import Loading
 from engine.models.anatomy import Anatomy, CannotCutError
 from engine.models.pretrained import instantiate
 from engine.ops.losses import head_cross_entropy_sum
+from engine.planner import plan
 from engine.profile import LoRAProfile, Profile, parse_profile
 from engine.ranks import Ranks
 from engine.tasks import Batch, make_task
@@ -455,3 +456,22 @@ def test_what_is_abandoned_is_done_again(rows: Path, tmp_path: Path) -> None:
         update.accumulate(batch, seed=3, pulse=give_up_at_the_third)
     assert pulses == 3 + 2 * (2 * 2)  # once a layer, each way
     assert_same(update.collect(), gradient_of(profile, tmp_path))
+
+
+def test_what_was_planned_by_layers_and_cannot_be_cut_takes_micro_batches_that_fit(
+    tmp_path: Path, rows: Path, ride: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Anatomy) -> None:
+        raise CannotCutError("as a test has it")
+
+    monkeypatch.setattr(Anatomy, "check", refuse)
+    base = write_tiny_llama(tmp_path / "base")
+    limit = plan(profile_of(base, rows, backward="whole", micro_batch_size=1)).predicted_peak_bytes
+    table = profile_of(base, rows, backward="layerwise").model_dump(mode="json", by_alias=True)
+    table |= {"guard": {"memory": {"limit_gb": 1.3 * limit / 1e9}}, "host": {"keep_awake": False}}
+    run = ride(parse_profile(table))
+    assert run.end().exit_code == 0
+    assert {step.metrics["micro_batch_size"] for step in run.of(StepCompleted)} == {1}
+    texts = [alarm.text for alarm in run.of(Alarm)]
+    assert any("layerwise is not possible with this model" in text for text in texts)
+    assert any(text.startswith("micro-batch 4 → 1") for text in texts), texts

@@ -57,8 +57,8 @@ class Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._owner, self.path = _owner_of_layers(model)
-        self.layers: Sequence[nn.Module] = tuple(self._owner["layers"])
+        self._owner, self._name, self.path = _owner_of_layers(model)
+        self.layers: Sequence[nn.Module] = tuple(self._owner[self._name])
         self._parts: list[tuple[Half, ...]] | None = None
 
     def run(self, tokens: mx.array, call: Call) -> mx.array:
@@ -137,12 +137,12 @@ class Anatomy:
 
     @contextlib.contextmanager
     def _replaced(self, calls: Sequence[Call]) -> Iterator[None]:
-        layers = self._owner["layers"]
-        self._owner["layers"] = [_Stub(layer, call) for layer, call in zip(layers, calls, strict=True)]
+        layers = self._owner[self._name]
+        self._owner[self._name] = [_Stub(layer, call) for layer, call in zip(layers, calls, strict=True)]
         try:
             yield
         finally:
-            self._owner["layers"] = layers
+            self._owner[self._name] = layers
 
 
 class _Stub:
@@ -241,15 +241,15 @@ def _alike(one: mx.array, other: mx.array) -> bool:
     return scalar(mx.abs(one - other).max()) <= _EXACT_ENOUGH * scalar(mx.abs(other).max())
 
 
-def _owner_of_layers(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the list of layers, and where that list is: `model.layers`."""
+def _owner_of_layers(model: nn.Module) -> tuple[nn.Module, str, str]:
+    """The module that holds the list of layers, the list's name in it, and in the model: `layers`, `model.layers`."""
     layers = getattr(model, "layers", None)
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, nn.Module) for layer in layers):
         raise CannotCutError(f"{type(model).__name__} has no list of layers")
-    for name, module in model.named_modules():
-        own = module.get("layers") if isinstance(module, dict) else None
-        if isinstance(own, list) and len(own) == len(layers) and own[0] is layers[0]:
-            return module, f"{name}.layers" if name else "layers"
+    for path, module in model.named_modules():
+        for name, own in module.items():
+            if isinstance(own, list) and len(own) == len(layers) and own[0] is layers[0]:
+                return module, name, f"{path}.{name}" if path else name
     raise CannotCutError(f"{type(model).__name__} keeps its layers in several places")
 
 

@@ -23,7 +23,7 @@ from mlx_lm.utils import MODEL_REMAPPING, _get_classes, load_model, load_tokeniz
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.npz")
 _FAULTS_OF_DATA = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
-_LOADING_ERRORS = (*_FAULTS_OF_DATA, AssertionError, ImportError)
+_LOADING_ERRORS = (*_FAULTS_OF_DATA, AssertionError, ImportError, SystemExit)  # OLMo's module exits, in fact
 """What a config that does not fit, or a missing package of a tokenizer's, ends in somewhere inside the libraries."""
 
 
@@ -262,4 +262,6 @@ def _in_one_line(what: str) -> Iterator[None]:
         words = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyError):
             words = f"{words} is missing"
+        elif isinstance(error, SystemExit):
+            words = "mlx-lm asks for a package that is not installed"
         raise UserError(f"{what}: {words[:300]}{'…' if len(words) > 300 else ''}") from None
