@@ -82,7 +82,6 @@ class Chat(Vertical):
         """Brings to the screen what the answers have taken."""
         for turn in self._turns:
             turn.show()
-        self.call_after_refresh(self._keep_beginnings)
 
     def next_weights(self) -> None:
         """Live, base, both, and again."""
@@ -102,8 +101,7 @@ class Chat(Vertical):
         self._answers.update({answer.ask.answer: answer for answer in turn.answers})
         transcript = self.query_one("#transcript", VerticalScroll)
         await transcript.mount(turn)
-        transcript.anchor(len(asks) == 1)
-        self.call_after_refresh(self._keep_beginnings)
+        transcript.anchor()
         while len(self._turns) > TURNS_KEPT:
             oldest = self._turns.pop(0)
             for answer in oldest.answers:
@@ -111,6 +109,16 @@ class Chat(Vertical):
             await oldest.remove()
         for ask in asks:
             self._send(ask)
+
+    def on_turn_grown(self, event: Turn.Grown) -> None:
+        """Keeps in view how answers to one question begin: else a long one would push a short one off the screen."""
+        event.stop()
+        transcript, turn = self.query_one("#transcript", VerticalScroll), event.turn
+        beyond = turn.outer_size.height > transcript.size.height
+        if turn is self._turns[-1] and len(turn.answers) > 1 and beyond and not turn.fills_screen:
+            turn.fills_screen = True
+            transcript.anchor(False)
+            transcript.scroll_to_widget(turn, top=True, animate=False)
 
     def on_sampling_done(self, event: Sampling.Done) -> None:
         event.stop()
@@ -135,14 +143,6 @@ class Chat(Vertical):
         if event.key in ("pageup", "pagedown"):
             event.stop()
             (transcript.scroll_page_up if event.key == "pageup" else transcript.scroll_page_down)()
-
-    def _keep_beginnings(self) -> None:
-        """Keeps in view how answers to one question begin: else a long one would push a short one off the screen."""
-        transcript = self.query_one("#transcript", VerticalScroll)
-        turn = self._turns[-1] if self._turns else None
-        if turn is not None and len(turn.answers) > 1 and not turn.fills_screen:
-            transcript.scroll_to_widget(turn, top=True, animate=False)
-            turn.fills_screen = turn.outer_size.height > transcript.size.height
 
     def _invite(self) -> None:
         sentence, short = _INVITATIONS.get(self._kind, _CONTINUES)

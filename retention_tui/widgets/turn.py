@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from textual.app import ComposeResult
 from textual.containers import Container, Horizontal, Vertical
 from textual.content import Content
+from textual.message import Message
 from textual.widgets import Static
 
 from engine.commands import Generate
@@ -81,6 +82,13 @@ class Turn(Vertical):
     `asks` are the same question, by `base` or not.
     """
 
+    class Grown(Message):
+        """There is more or less of it."""
+
+        def __init__(self, turn: Turn) -> None:
+            super().__init__()
+            self.turn = turn
+
     def __init__(self, asks: Sequence[Generate]) -> None:
         super().__init__()
         self._prompt = asks[0].prompt
@@ -95,6 +103,9 @@ class Turn(Vertical):
             yield Static(Content(printable(self._prompt)), classes="said")
         with Container(classes="answers"):
             yield from self.answers
+
+    def on_resize(self) -> None:
+        self.post_message(self.Grown(self))
 
     @property
     def ended(self) -> bool:
