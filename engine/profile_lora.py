@@ -92,7 +92,7 @@ class ChatData(Section):
     heldout_fraction: Annotated[float, quantity("share of the rows that is held out", gt=0, lt=1)] = 0.05
     most_rows: Annotated[int | None, quantity("take only so many rows, chosen by the seed", unit="rows", ge=2)] = None
     format: Annotated[
-        Literal["auto", "text", "messages", "completion", "alpaca", "llama2", "oasst"],
+        Literal["auto", "text", "messages", "completion", "alpaca", "llama2", "oasst", "sharegpt"],
         quantity("what a row is; auto: what its keys say"),
     ] = "auto"
     text_key: Annotated[str, quantity("key of a row's text")] = "text"

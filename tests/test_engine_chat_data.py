@@ -172,17 +172,52 @@ def chatml(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return with_template(tmp_path_factory.mktemp("chatml") / "model", CHATML)
 
 
-def test_what_is_learned_reads_as_the_answers(tokenizer: Any, tmp_path: Path) -> None:
-    rows = [chat("a?", "One.", "b?", "Two."), chat("c?", "Three.")]
-    tool_call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look_up"}}]}
-    tool = {"role": "tool", "content": "found"}
-    rows.append({"messages": [*chat("d?")["messages"], tool_call, tool, {"role": "assistant", "content": "Four."}]})
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look_up"}}]}
+
+
+def calling(*texts: str) -> dict[str, Any]:
+    """A conversation whose first answer is a call of a tool."""
+    question, *others = chat(*texts)["messages"]
+    return {"messages": [question, CALL, {"role": "tool", "content": "found"}, *others]}
+
+
+def test_what_is_learned_reads_as_the_answers(tmp_path: Path) -> None:
+    calls = "{{ message['content'] }}{% for call in message.tool_calls %}<{{ call.function.name }}>{% endfor %}"
+    tokenizer = with_template(tmp_path / "model", TEMPLATE.replace("{{ message['content'] }}", calls))
+    rows = [chat("a?", "One.", "b?", "Two."), chat("c?", "Three."), calling("d?", "Four.")]
     files = [rows_file(tmp_path, rows)]
     end = tokenizer.eos_token
-    calling = load(tokenizer, files=files, loss_on="answers")
-    assert learned(calling, tokenizer) == Counter([f"One.{end}\nTwo.{end}\n", f"Three.{end}\n", f"{end}\nFour.{end}\n"])
+    every = load(tokenizer, files=files, loss_on="answers")
+    expected = [f"One.{end}\nTwo.{end}\n", f"Three.{end}\n", f"<look_up>{end}\nFour.{end}\n"]
+    assert learned(every, tokenizer) == Counter(expected)
     last = load(tokenizer, files=files, loss_on="last-answer")
     assert learned(last, tokenizer) == Counter([f"Two.{end}\n", f"Three.{end}\n", f"Four.{end}\n"])
+
+
+def test_what_the_template_has_no_place_for_is_said(chatml: Any, tmp_path: Path) -> None:
+    """An answer of which nothing would be left is refused; what else is not learned is counted."""
+    files = [rows_file(tmp_path, [chat("a?", "One."), calling("d?", "Four.")])]
+    message = refused(chatml, files=files)
+    assert "rows.jsonl: line 2: the chat template has no place for tool_calls: the answer is empty" in message
+    assert "(message 2)" in message
+    told = {**CALL, "content": "I look it up."}
+    rows = [tiny_row(1, "tools"), {"messages": [*chat("d?")["messages"], told]}, tiny_row(2, "tools")]
+    lines = [line for line in texts_of(chatml, files=[rows_file(tmp_path, rows)]) if "no place" in line]
+    assert [line.partition(": not learned")[0] for line in lines] == [
+        "data: the chat template has no place for tools, which 2 rows have",
+        "data: the chat template has no place for tool_calls, which 1 row has",
+    ]
+    assert "rows.jsonl: line 1" in lines[0] and "rows.jsonl: line 2" in lines[1]
+
+
+def test_a_role_that_a_template_names_is_known(tmp_path: Path) -> None:
+    rows = [chat("a?", "One."), {"messages": [{"role": "critic", "content": "Hm."}, *chat("b?", "Two.")["messages"]]}]
+    files = [rows_file(tmp_path, rows)]
+    naming = with_template(tmp_path / "model", "{% if messages[0].role == 'critic' %}!{% endif %}" + TEMPLATE)
+    assert "critic:\nHm." in "".join(learned(load(naming, files=files), naming))
+    assert "line 2: the chat template knows no role 'critic'" in refused(
+        load_tokenizer(tmp_path / "model"), files=files
+    )
 
 
 def test_in_plain_text_the_answer_is_what_follows_a_marker(tokenizer: Any, tmp_path: Path) -> None:
@@ -261,11 +296,17 @@ def as_tree(talk: tuple[str, ...], name: str) -> list[dict[str, Any]]:
     return [*rows, {**last, "message_id": f"{name}!", "lang": "en", "deleted": False, "rank": None}]
 
 
+def shared(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+
+
 FORMATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "messages": ([chat(*talk) for talk in TALKS], {}),
     "own key": ([{"talk": chat(*talk)["messages"]} for talk in TALKS], {"messages_key": "talk"}),
     "llama2": ([{"text": as_llama2(talk)} for talk in TALKS], {}),
     "oasst": ([row for name, talk in zip("abcd", TALKS, strict=True) for row in as_tree(talk, name)], {}),
+    "sharegpt": ([{"conversations": shared(*talk)} for talk in TALKS], {}),
+    "sharegpt of an own key": ([{"talk": shared(*talk)} for talk in TALKS], {"messages_key": "talk"}),
     "completion": ([{"prompt": talk[0], "completion": talk[1]} for talk in TALKS[1:]], {}),
     "own keys": (
         [{"q": talk[0], "a": talk[1]} for talk in TALKS[1:]],
@@ -283,7 +324,8 @@ def test_formats_say_the_same(tokenizer: Any, tmp_path: Path, name: str) -> None
     talks = TALKS if len(rows) != single else TALKS[1:]
     expected = load(tokenizer, files=[rows_file(tmp_path, [chat(*t) for t in talks], "x.jsonl")], loss_on="answers")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    format = {"own key": "messages", "own keys": "completion"}.get(name, name)
+    found_as = {"own key": "messages", "own keys": "completion", "sharegpt of an own key": "sharegpt"}
+    format = found_as.get(name, name)
     for file in (rows_file(tmp_path, rows), str(tmp_path / "rows.parquet")):
         for named in ("auto", format):
             found = load(tokenizer, files=[file], loss_on="answers", format=named, **keys)
@@ -296,6 +338,8 @@ def test_systems_inputs_and_tools_reach_the_template(tokenizer: Any, tmp_path: P
     system = rows_file(tmp_path, [{"text": as_llama2(talk, "<<SYS>>\nBe kind.\n<</SYS>>\n\n")} for talk in TALKS[1:]])
     texts = learned(load(tokenizer, files=[system]), tokenizer)
     assert f"ystem:\nBe kind.{end}\nuser:\nWho?{end}\nassistant:\nMe.{end}\n" in texts
+    sharegpt = [{"system": "Be kind.", "conversations": shared(*talk)} for talk in TALKS[1:]]
+    assert learned(load(tokenizer, files=[rows_file(tmp_path, sharegpt)]), tokenizer) == texts
     alpaca = [{"instruction": "Sum up.", "input": ask, "output": answer} for ask, answer in TALKS[1:]]
     texts = learned(load(tokenizer, files=[rows_file(tmp_path, alpaca)]), tokenizer)
     assert f"ser:\nSum up.\n\nWho?{end}\nassistant:\nMe.{end}\n" in texts
@@ -425,7 +469,7 @@ def test_rows_whose_answer_is_cut_off_are_left_out_and_said(tokenizer: Any, tmp_
 
 GOOD = json.dumps(chat("a?", "One."))
 BAD_LINES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "not JSON": ('{"messages": ', {}, "not valid JSON"),
+    "not JSON": ('{"messages": ', {}, "not valid JSON (Expecting value, character 15); each line"),
     "too deep": ("[" * 100_000, {}, "not valid JSON"),
     "no object": ("[1]", {}, "not list"),
     "no key": ('{"text": "a"}', {}, "has no key 'messages'; its keys are text"),
@@ -433,6 +477,13 @@ BAD_LINES: dict[str, tuple[str, dict[str, Any], str]] = {
     "wrong type": ('{"messages": "a"}', {}, "'messages' is str, not a list"),
     "no messages": ('{"messages": []}', {}, "there are no messages"),
     "no role": ('{"messages": [{"content": "a"}]}', {}, "message 1 should be"),
+    "odd role": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}',
+        {},
+        "no role 'bot' (message 2; known are system, developer, user, assistant, tool, function, ipython; "
+        "did you mean 'assistant'?)",
+    ),
+    "misspelt role": ('{"messages": [{"role": "User", "content": "a"}]}', {}, "did you mean 'user'?"),
     "no content": ('{"messages": [{"role": "user"}]}', {}, "message 1: its content is missing"),
     "content of parts": ('{"messages": [{"role": "user", "content": []}]}', {}, "its content is list, not a string"),
     "empty answer": (json.dumps(chat("a?", " \n")), {}, "the answer is empty"),
@@ -442,7 +493,11 @@ BAD_LINES: dict[str, tuple[str, dict[str, Any], str]] = {
     "no question": ('{"messages": [{"role": "assistant", "content": "a"}]}', {"loss_on": "answers"}, "begins with"),
     "half a character": (json.dumps(chat("a?", "\ud83d")), {}, "half of a surrogate pair"),
     "odd tools": (json.dumps(chat("a?", "b", tools={})), {}, "'tools' is dict, not a list"),
-    "tools not JSON": (json.dumps(chat("a?", "b", tools="[")), {}, "'tools' is not valid JSON"),
+    "tools not JSON": (
+        json.dumps(chat("a?", "b", tools="[")),
+        {},
+        "'tools' is not valid JSON (Expecting value, character 2)",
+    ),
 }
 
 
@@ -468,6 +523,13 @@ BAD_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "silent INST": ([{"text": "<s>[INST] a [/INST] </s>"}], {}, "line 1: the answer is empty"),
     "odd role": ([{"message_id": "a", "parent_id": None, "role": "user", "text": "a"}], {}, "line 1: role is 'user'"),
     "twice": ([{"message_id": "a", "parent_id": None, "role": "prompter", "text": "a"}] * 2, {}, "line 2: message_id"),
+    "odd speaker": (
+        [{"conversations": [*shared("a", "b"), {"from": "narrator", "value": "c"}]}],
+        {},
+        "line 1: from = 'narrator' is nobody known (message 3; known are human, ",
+    ),
+    "no speaker": ([{"conversations": [*shared("a"), {"value": "b"}]}], {}, "line 1: message 2 should be"),
+    "not ShareGPT": ([{"conversations": chat("a", "b")["messages"]}], {}, "line 1: 'conversations' holds no"),
     "unknown": ([{"question": "a", "reply": "b"}], {}, "line 1: its keys (question, reply) say no format"),
 }
 
@@ -504,7 +566,8 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "not UTF-8": (not_utf8, "line 2: not UTF-8"),
     "not Parquet": (no_parquet, "cannot be read as Parquet"),
     "trained on and held out": (same_twice, "data.heldout_files: … is in data.files too"),
-    "one row": (lambda folder: {"files": [rows_file(folder, [GOOD, GOOD])]}, "2 rows, all alike"),
+    "equal rows": (lambda folder: {"files": [rows_file(folder, [GOOD, GOOD])]}, "2 rows, all alike"),
+    "one row": (lambda folder: {"files": [rows_file(folder, [GOOD])]}, "data: 1 row cannot be split"),
     "no template": (
         lambda folder: {"files": [rows_file(folder, [GOOD])], "chat_template": str(folder / "none")},
         "data.chat_template: … No such file",

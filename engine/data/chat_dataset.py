@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data.chat_summary import Lengths, Summary
-from engine.data.chat_template import ChatTemplate, use_template
+from engine.data.chat_template import ChatTemplate, read_template, use_template
 from engine.data.conversations import Conversation, LeftOut, PlainText, Unusable, conversations, format_of, keys_of
-from engine.data.rows import Row, read_rows
+from engine.data.rows import Row, check_sources, read_rows
 from engine.errors import UserError
 from engine.loading import Loading
 from engine.profile_lora import ChatData
@@ -81,6 +82,13 @@ class ChatDataset:
     largest_token: int
 
 
+def check_files(data: ChatData) -> None:
+    """Raises `UserError` where a file that the profile names is not there, before anything takes long."""
+    check_sources(data)
+    if data.chat_template is not None:
+        read_template(data.chat_template)
+
+
 def load_chat_data(data: ChatData, tokenizer: Any, sequence_length: int, seed: int, loading: Loading) -> ChatDataset:
     """Reads, understands, tokenizes and splits the rows of a profile whose paths are absolute.
 
@@ -120,6 +128,7 @@ def _finished(reader: _Reader, train: Examples, heldout: Examples, repeated: int
         truncated_tokens=reader.truncated_tokens,
         sequence_length=reader.sequence_length,
         left_out={reason: (len(origins), origins[0]) for reason, origins in reader.left_out.origins.items()},
+        ignored={key: (len(origins), origins[0]) for key, origins in reader.ignored.items()},
         repeated_rows=repeated,
     )
     for line in summary.lines():
@@ -148,6 +157,7 @@ class _Reader:
     def __init__(self, data: ChatData, format: str, tokenizer: Any, sequence_length: int, loading: Loading) -> None:
         self.data, self.format, self.sequence_length = data, format, sequence_length
         self.left_out = LeftOut(lenient=data.dataset is not None)
+        self.ignored: dict[str, list[str]] = defaultdict(list)
         self.truncated_rows = self.truncated_tokens = 0
         self._tokenizer, self._loading = tokenizer, loading
         self._template = None if format == "text" else ChatTemplate(tokenizer)
@@ -199,7 +209,9 @@ class _Reader:
         if isinstance(source, PlainText):
             return source.text, [source.text[: source.answer_from], source.text] if source.answer_from else []
         assert self._template is not None
-        whole = self._template.render(source)
+        whole = self._template.whole(source)
+        for key in self._template.ignored(source, whole):
+            self.ignored[key].append(source.origin)
         if self.data.loss_on == "all":
             return whole, []
         places = [place for place, message in enumerate(source.messages) if message["role"] == "assistant"]
@@ -245,9 +257,11 @@ def _split(rows: list[_Tokens], fraction: float, seed: int) -> tuple[list[_Token
         alike.setdefault(row.key, []).append(index)
     groups = list(alike.values())
     if len(groups) < 2:
+        alone = "1 row cannot be"
+        same = f"{len(rows)} rows, all alike once they are cut to train.sequence_length, cannot be"
         raise UserError(
-            f"data: {len(rows)} rows, all alike once they are cut to train.sequence_length, cannot be split into some "
-            "to learn from and some held out; give more, or data.heldout_files"
+            f"data: {alone if len(rows) == 1 else same} split into some to learn from and some held out; "
+            "give more, or data.heldout_files"
         )
     held: set[int] = set()
     _, *others = [groups[place] for place in _shuffled(len(groups), seed, _SPLIT)]  # one of them is learned at least

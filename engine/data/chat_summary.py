@@ -52,6 +52,8 @@ class Summary:
     sequence_length: int
     left_out: Mapping[str, tuple[int, str]]
     """Rows that are not learned, by their reason: how many, and where the first came from."""
+    ignored: Mapping[str, tuple[int, str]]
+    """What the chat template writes nothing of: in how many rows, and where the first came from."""
     repeated_rows: int
     """Held-out rows that are learned too."""
 
@@ -68,6 +70,11 @@ class Summary:
         lines = [
             f"data: {_rows(count)} left out: {reason} (the first is {first})"
             for reason, (count, first) in self.left_out.items()
+        ]
+        lines += [
+            f"data: the chat template has no place for {key}, which {_rows(count)} {'has' if count == 1 else 'have'}: "
+            f"not learned (the first is {first})"
+            for key, (count, first) in self.ignored.items()
         ]
         if self.truncated_rows:
             share = self.truncated_rows / (self.rows + self.heldout_rows)

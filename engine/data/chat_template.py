@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from engine.data.conversations import Conversation, Unusable
+from engine.data.conversations import SPEAKERS, Conversation, Unusable
 from engine.errors import UserError
 
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+"""Those that templates have; some have more, which they name."""
 _A_DAY = datetime(2024, 7, 26)  # what Llama 3's own template falls back to
 
 
-def use_template(tokenizer: Any, path: str | None) -> None:
-    """Gives mlx-lm's tokenizer the template of a file (`data.chat_template`), instead of its own where it has one.
-
-    Raises `UserError` for a file that is missing or not UTF-8 text.
-    """
-    if path is None:
-        return
+def read_template(path: str) -> str:
+    """The template of a file (`data.chat_template`). Raises `UserError` where it is missing or not UTF-8 text."""
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise UserError(f"data.chat_template: {path}: {reason}") from None
+
+
+def use_template(tokenizer: Any, path: str | None) -> None:
+    """Gives mlx-lm's tokenizer the template of a file, instead of its own where it has one; as `read_template`."""
+    if path is None:
+        return
+    template = read_template(path)
     tokenizer.chat_template = template
     tokenizer.has_chat_template = True
     tokenizer._chat_template = None  # one of mlx-lm's own, written in Python
@@ -47,7 +53,8 @@ class ChatTemplate:
             )
         self._apply = tokenizer.apply_chat_template
         self._given: dict[str, Any] = {}
-        if isinstance(template := tokenizer.chat_template, str) and _TODAY.search(template):
+        self._source = str(template := tokenizer.chat_template)
+        if isinstance(template, str) and _TODAY.search(template):
             self._given["chat_template"] = _TODAY.sub(lambda call: repr(_A_DAY.strftime(call[2])), template)
 
     def render(self, conversation: Conversation, upto: int | None = None, *, asking: bool = False) -> str:
@@ -68,6 +75,58 @@ class ChatTemplate:
             raise UserError(f"data: the chat template is not valid Jinja: line {error.lineno}: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
             raise Unusable(conversation.origin, "the chat template refuses it", error) from None
+
+    def whole(self, conversation: Conversation) -> str:
+        """`render` of all messages, whose roles are looked at first."""
+        self._check_roles(conversation)
+        try:
+            return self.render(conversation)
+        except Unusable:  # one without a place for tool calls may stumble over an answer that is nothing else
+            messages = [
+                {**message, "content": message.get("content") or ""} if message.get("tool_calls") else message
+                for message in conversation.messages
+            ]
+            if messages != conversation.messages:
+                filled = replace(conversation, messages=messages)
+                self.ignored(filled, self.render(filled))
+            raise
+
+    def _check_roles(self, conversation: Conversation) -> None:
+        """Raises `Unusable` for a role that neither is common nor named in the template: most would write any."""
+        for place, message in enumerate(conversation.messages, start=1):
+            role = message["role"]
+            if role in _ROLES or re.search(rf"""["']{re.escape(role)}["']""", self._source):
+                continue
+            close = SPEAKERS.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), _ROLES, n=1)), None)
+            nearest = f"; did you mean {close!r}?" if close else ""
+            known = f"message {place}; known are {', '.join(_ROLES)}{nearest}"
+            raise Unusable(conversation.origin, f"the chat template knows no role {role!r}", known)
+
+    def ignored(self, conversation: Conversation, whole: str) -> set[str]:
+        """What it writes nothing of: the text, `whole`, is the same without it.
+
+        Raises `Unusable` where nothing is left of an answer.
+        """
+        found = set()
+        if conversation.tools and self._is_without(whole, replace(conversation, tools=None)):
+            found.add("tools")
+        for place, message in enumerate(conversation.messages):
+            if not message.get("tool_calls"):
+                continue
+            messages = list(conversation.messages)
+            messages[place] = {key: value for key, value in message.items() if key != "tool_calls"}
+            if self._is_without(whole, replace(conversation, messages=messages)):
+                found.add("tool_calls")
+                if message["role"] == "assistant" and not (message.get("content") or "").strip():
+                    reason = "the chat template has no place for tool_calls: the answer is empty"
+                    raise Unusable(conversation.origin, reason, f"message {place + 1}")
+        return found
+
+    def _is_without(self, whole: str, less: Conversation) -> bool:
+        try:
+            return self.render(less) == whole
+        except Unusable:
+            return False
 
     def around(self, conversation: Conversation, whole: str, place: int) -> tuple[str, str]:
         """The text before the answer that is message `place`, and the text up to its end.

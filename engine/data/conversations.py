@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from engine.data.rows import Row
+from engine.data.rows import Row, what_is_wrong
 from engine.errors import UserError
 from engine.profile_lora import ChatData
 
@@ -63,6 +63,21 @@ class LeftOut:
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Names that data sets have for roles, and the role that each of them is."""
+_SHAREGPT = "conversations"
 _OASST = ("message_id", "parent_id", "role", "text")
 _ALPACA = ("instruction", "output")
 _INSTRUCTION = re.compile(r"(?:</s>)?\s*(?:<s>)?\s*\[INST\]")
@@ -73,7 +88,7 @@ _EMPTY = "the answer is empty"
 def keys_of(data: ChatData) -> set[str]:
     """All keys that a row of any format may be read by."""
     own = {data.text_key, data.messages_key, data.prompt_key, data.completion_key}
-    return own | {*_OASST, *_ALPACA} | {"tools", "input", "rank", "deleted"}
+    return own | {*_OASST, *_ALPACA, _SHAREGPT} | {"system", "tools", "input", "rank", "deleted"}
 
 
 def format_of(row: Row, data: ChatData) -> str:
@@ -86,6 +101,8 @@ def format_of(row: Row, data: ChatData) -> str:
     keys = row.values
     if data.prompt_key in keys and data.completion_key in keys:
         return "completion"
+    if _is_sharegpt(keys.get(data.messages_key)) or _is_sharegpt(keys.get(_SHAREGPT)):
+        return "sharegpt"
     if data.messages_key in keys:
         return "messages"
     if all(key in keys for key in ("message_id", "role", "text")):
@@ -95,6 +112,11 @@ def format_of(row: Row, data: ChatData) -> str:
     if data.text_key in keys:
         text = keys[data.text_key]
         return "llama2" if isinstance(text, str) and re.match(r"\s*(<s>)?\s*\[INST\]", text) else "text"
+    if isinstance(keys.get(_SHAREGPT), list):
+        raise UserError(
+            f"{row.origin}: {_SHAREGPT!r} holds no messages with from and value (ShareGPT); "
+            f'where they have role and content, set data.messages_key = "{_SHAREGPT}"'
+        )
     raise UserError(
         f"{row.origin}: its keys ({_listed(keys)}) say no format; a row has text, messages, prompt and completion, "
         "or instruction and output; other names are given in data.text_key and its like"
@@ -178,6 +200,34 @@ def _of_messages(row: Row, data: ChatData) -> Conversation:
     return Conversation(messages, row.origin, _tools(row))
 
 
+def _is_sharegpt(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and isinstance(messages[0], dict) and "from" in messages[0]
+
+
+def _of_sharegpt(row: Row, data: ChatData) -> Conversation:
+    """Messages with `from` and `value`, under `conversations` or the profile's key; `system` may be beside them."""
+    key = data.messages_key if data.messages_key in row.values else _SHAREGPT
+    given = _value(row, key)
+    if not isinstance(given, list):
+        raise UserError(f"{row.origin}: {key!r} is {type(given).__name__}, not a list of messages")
+    if not given:
+        raise Unusable(row.origin, "there are no messages")
+    messages = []
+    if row.values.get("system") is not None and _text(row, "system").strip():
+        messages.append({"role": "system", "content": row.values["system"]})
+    for place, message in enumerate(given, start=1):
+        if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+            raise UserError(f'{row.origin}: message {place} should be {{"from": "…", "value": "…"}}')
+        speaker, content = message["from"], message["value"]
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            known = ", ".join(SPEAKERS)
+            raise Unusable(row.origin, f"from = {speaker!r} is nobody known", f"message {place}; known are {known}")
+        if not isinstance(content, str):
+            raise UserError(f"{row.origin}: message {place}: its value is {type(content).__name__}, not a string")
+        messages.append({"role": SPEAKERS[speaker], "content": content})
+    return Conversation(messages, row.origin, _tools(row))
+
+
 def _of_completion(row: Row, data: ChatData) -> Conversation:
     return _asked(row, _text(row, data.prompt_key), _text(row, data.completion_key))
 
@@ -213,6 +263,7 @@ def _of_llama2(row: Row, data: ChatData) -> Conversation:
 
 _READERS: Mapping[str, Callable[[Row, ChatData], Conversation]] = {
     "messages": _of_messages,
+    "sharegpt": _of_sharegpt,
     "completion": _of_completion,
     "alpaca": _of_alpaca,
     "llama2": _of_llama2,
@@ -267,7 +318,7 @@ def _tools(row: Row) -> list[Any] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
-            raise UserError(f"{row.origin}: 'tools' is not valid JSON ({error})") from None
+            raise UserError(f"{row.origin}: 'tools' is not valid JSON ({what_is_wrong(error)})") from None
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"{row.origin}: 'tools' is {type(tools).__name__}, not a list of tools")
     return tools or None

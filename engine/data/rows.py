@@ -52,11 +52,22 @@ def read_rows(data: ChatData, keys: Collection[str], loading: Loading) -> Rows:
         beside = [file for name in data.files if Path(name).is_dir() for file in _in_folder(Path(name), _HELDOUT)]
         heldout = _of_files(beside, "data.files", keys, loading) if beside and not data.heldout_files else None
     if data.heldout_files:
-        files = _expand(data.heldout_files, "data.heldout_files", _HELDOUT)
-        if both := {*files} & {*_expand(data.files, "data.files", _TRAIN)}:
-            raise UserError(f"data.heldout_files: {min(both)} is in data.files too; leave it out of one of them")
+        files = _heldout_files(data, _expand(data.files, "data.files", _TRAIN))
         heldout = _of_files(files, "data.heldout_files", keys, loading)
     return Rows(rows, heldout)
+
+
+def check_sources(data: ChatData) -> None:
+    """Raises `UserError` where a file of the user's own is missing, before anything is downloaded."""
+    files = _expand(data.files, "data.files", _TRAIN)
+    _heldout_files(data, files)
+
+
+def _heldout_files(data: ChatData, files: list[Path]) -> list[Path]:
+    heldout = _expand(data.heldout_files, "data.heldout_files", _HELDOUT)
+    if both := {*heldout} & {*files}:
+        raise UserError(f"data.heldout_files: {min(both)} is in data.files too; leave it out of one of them")
+    return heldout
 
 
 def _of_dataset(data: ChatData, split: str, keys: Collection[str], loading: Loading) -> list[Row]:
@@ -137,7 +148,9 @@ def _parsed(text: str, origin: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid JSON ({error}); each line is an object like {{…}}") from None
+        raise UserError(
+            f"{origin}: not valid JSON ({what_is_wrong(error)}); each line is an object like {{…}}"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{origin}: a row is an object like {{…}}, not {type(values).__name__}")
     if "\\u" in text:  # JSON can spell characters that there are none of
@@ -146,6 +159,11 @@ def _parsed(text: str, origin: str) -> dict[str, Any]:
         except UnicodeEncodeError:
             raise UserError(f"{origin}: holds half of a surrogate pair, which is not a character") from None
     return values
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Of text that is one line of a file: the line of the file is said already."""
+    return f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _of_parquet(path: Path, name: str, keys: Collection[str]) -> Iterator[Row]:
