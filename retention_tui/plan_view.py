@@ -73,8 +73,10 @@ def print_plan(
     from engine.planning.measure import measure
     from engine.planning.report import as_table
 
-    profile, run_name = _profile(name, overrides)
-    made = plan(profile, runs_folder=runs_folder, except_run=run_name)
+    profile, run = _profile(name, overrides)
+    made = plan(profile, runs_folder=runs_folder, except_run=run.name if run else None)
+    if run is not None and (attempts := run.attempts()):  # it has read its data, and knows
+        made = replace(made, timing=replace(made.timing, steps=attempts[-1].total_steps or made.timing.steps))
     figures = None
     if measured:
         if not made.components:
@@ -172,15 +174,18 @@ def step_words(table: Table) -> str:
     return f"{sequences} at once{way}" if parts == 1 else f"{parts:,} micro-batches of {sequences}{way}"
 
 
-def time_words(timing: Table) -> str:
-    """`about 6 h 40 m from 9 measured steps: ends 06:42`, or `about 18 of 468 steps by 07:00: too few`."""
+def time_words(timing: Table, measures: str = "--measure") -> str:
+    """`about 6 h 40 m from 9 measured steps: ends 06:42`, or `about 18 of 468 steps by 07:00: too few`.
+
+    `measures` is the option or the key that has steps measured.
+    """
     pace = timing["seconds_a_step"]
     if pace is None:
-        return "unknown until steps are measured"
+        return f"unknown until steps are measured: {measures} does that"
     source = {
         "measured": f"from {_steps(timing['samples'])} measured",
         "earlier runs": f"from {_steps(timing['samples'])} of an earlier run",
-        "estimate": "a rough estimate from a run of another shape; --measure knows better",
+        "estimate": f"a rough estimate from a run of another shape; {measures} knows better",
     }[timing["source"]]
     rough = timing["source"] == "estimate"
     steps, within, seconds = timing["steps"], timing["steps_within_limit"], timing["seconds"]
@@ -232,8 +237,8 @@ def _row(name: str, size: int, measured: int | None) -> str:
     return row if measured is None else f"{row}{wording.size(measured):>11}{size / measured:>8.2f} ×"
 
 
-def _profile(name: str, overrides: Sequence[str]) -> tuple[Profile, str | None]:
-    """A profile, or that of a run, as it is now, and the run's name."""
+def _profile(name: str, overrides: Sequence[str]) -> tuple[Profile, RunDirectory | None]:
+    """A profile, or that of a run, as it is now, and the run."""
     if not (Path(name) / "run.json").is_file():
         return load_profile(name, overrides), None
     if overrides:
@@ -241,4 +246,4 @@ def _profile(name: str, overrides: Sequence[str]) -> tuple[Profile, str | None]:
     from engine.planner import profile_of
 
     run = RunDirectory(Path(name).resolve())
-    return profile_of(run), run.name
+    return profile_of(run), run

@@ -316,6 +316,9 @@ def test_time_of_another_shape_is_an_estimate_by_its_operations(runs: Path, shar
     assert estimate.source == "estimate"
     ratio = demand_of(wider).operations(wider) / demand_of(same).operations(same)
     assert estimate.seconds_a_step == pytest.approx(known.seconds_a_step * ratio, rel=1e-6)
+    far = load_profile(str(shared_tiny), ["model.width=1024", "model.layers=12"])
+    timing = plan(far, runs_folder=runs).timing
+    assert (timing.source, timing.seconds_a_step) == ("unknown", None)
 
 
 def test_time_is_unknown_from_another_machine_and_without_runs(runs: Path, shared_tiny: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from test_tui_app import ENDLESS, click_on, seen, until
 
+from engine.commands import Set, Stop
 from engine.planner import plan, profile_of
 from engine.planning import Setting, demand_of
 from engine.planning.capacity import Capacity
@@ -135,6 +136,12 @@ async def test_a_run_shows_its_plan_beside_what_it_has_taken(session: Session, t
         assert re.search(r"speed +– +\d+(\.\d+)? it/s", seen(app))
         assert re.search(r"time +about \d.* left at \d+(\.\d+)? it/s", seen(app))
         assert "at the largest moment of a step" in seen(app)
+        assert re.search(r"gradients +\S+ .B +\S+ .B +[^ \d]", seen(app))  # not of the same moment: no ratio
+        assert "2 micro-batches of 4 sequences" in seen(app)
+        client.send(Set("train.micro_batch_size", "2"))
+        await until(pilot, lambda: "4 micro-batches of 2 sequences" in seen(app), 40)
+        client.send(Stop())
+        await until(pilot, lambda: re.search(r"time +[\d,]+ steps are done, in \d", seen(app)) is not None)
         await pilot.press("1")
         await until(pilot, lambda: "MLX's peak" not in seen(app))
 
@@ -193,7 +200,7 @@ def timing(**known: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("known", "said"),
     [
-        ({}, "unknown until steps are measured"),
+        ({}, "unknown until steps are measured: --measure does that"),
         (
             {"seconds_a_step": 51.3, "source": "measured", "seconds": 24_000, "ends": 0},
             "about 6 h 40 m: ends .*, from 9 steps measured",

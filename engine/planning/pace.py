@@ -29,6 +29,8 @@ _STEPS_READ = 200
 _ENOUGH_STEPS = 5
 """A run of fewer tells little: the first step also compiles, or waits for a disk."""
 _MEASUREMENTS_KEPT = 200
+_FARTHEST = 30.0
+"""A step of so many times the operations of another, or of so many times fewer, is not judged by that one."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def foresee(profile: Profile, runs_folder: Path | None, except_run: str | None =
     if not factors:
         return Timing(**head)
     factor, nearest = min(factors, key=lambda found: abs(math.log(found[0])))
+    if not 1 / _FARTHEST <= factor <= _FARTHEST:
+        return Timing(**head)
     return Timing(**head, seconds_a_step=nearest.seconds_a_step * factor, source="estimate", samples=nearest.steps)
 
 

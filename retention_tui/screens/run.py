@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from textual import work
 from textual.app import ComposeResult
@@ -21,6 +21,7 @@ from engine.events import (
     AnswerText,
     Event,
     LoadingProgress,
+    Notice,
     Reading,
     RunEnded,
     RunOpened,
@@ -95,7 +96,9 @@ class RunScreen(Screen[None]):
         self._client, self._home, self._move = client, home, move
         # What of a run of another process has been read on an earlier visit is not unread again.
         self._progress = Progress() if client.here else Progress(last_look(client.run.path.parent, client.run.name))
-        self._quitting = self._moving = self._past_shown = self._planned = False
+        self._quitting = self._moving = self._past_shown = self._planning = False
+        self._planned: Any = None
+        """What had been changed in the run when its plan was made; None before that."""
         self._end: RunEnded | None = None
 
     def compose(self) -> ComposeResult:
@@ -171,6 +174,8 @@ class RunScreen(Screen[None]):
                     self.app.exit()
             case _:
                 self.query_one(Chat).take(event)
+        if isinstance(event, Notice | Alarm) and self._shown_tab == "plan":  # a setting may have been changed
+            self._keep_planned()
 
     @work(thread=True, exclusive=True, group="past", exit_on_error=False)
     def _load_past(self) -> None:
@@ -196,17 +201,28 @@ class RunScreen(Screen[None]):
         self._progress.adopt_marks(marks)
         self.query_one(EventLog).rewrite()
 
+    def _keep_planned(self) -> None:
+        """Plans the run, where that was not done yet, or something was changed in it since."""
+        if self._client.looks_only:  # each of any number of visitors would start a process
+            self.query_one(PlanPage).say("no plan is made for who may only look")
+        elif not self._planning:
+            self._planning = True
+            self._plan()
+
     @work(thread=True, group="plan", exit_on_error=False)
     def _plan(self) -> None:
-        """In a thread: plans the run as if it were to start now, once somebody looks."""
-        path, page = self._client.run.path, self.query_one(PlanPage)
+        """In a thread: plans the run as if it were to start now, and again as long as it is changed meanwhile."""
+        run, page, worker = self._client.run, self.query_one(PlanPage), get_current_worker()
         try:
-            table = ask_for_plan(path, path.parent, given_up=lambda: get_current_worker().is_cancelled)
+            while (changes := run.identity().get("amendments", [])) != self._planned and not worker.is_cancelled:
+                self._planned = changes
+                table = ask_for_plan(run.path, run.path.parent, given_up=lambda: worker.is_cancelled)
+                if table is not None:
+                    self.app.call_from_thread(page.take, table)
         except UserError as error:
             self.app.call_from_thread(page.say, str(error))
-        else:
-            if table is not None:
-                self.app.call_from_thread(page.take, table)
+        finally:
+            self._planning = False
 
     def _draw_charts(self) -> None:
         if self._shown_tab == "monitor":
@@ -370,12 +386,8 @@ class RunScreen(Screen[None]):
             self.query_one(Chat).focus_input()
         else:
             self.set_focus(self.query_one(PlanPage) if event.pane.id == "plan" else None)
-        if event.pane.id == "plan" and not self._planned:
-            self._planned = True
-            if self._client.looks_only:  # each of any number of visitors would start a process
-                self.query_one(PlanPage).say("no plan is made for who may only look")
-            else:
-                self._plan()
+        if event.pane.id == "plan":
+            self._keep_planned()
         self._draw_charts()
 
     def _ask(self, command: Command, said: str) -> None:

@@ -34,6 +34,8 @@ _MEASURED = {
 """The lines of a plan that every step measures, and its metrics; others are told once (`Progress.held_bytes`)."""
 _TOTALS = {"MLX's peak": "predicted_peak_bytes", "all of the process": "need_bytes"}
 _BAR_WIDTH, _LEGEND_LINES, _SHARE_WIDTH = 60, 2, 40
+_AFTERWARDS = ("gradients",)
+"""What is measured at the end of a step, and planned for its largest moment: their ratio would say nothing."""
 _TOO_LITTLE = 1.1
 """Beyond this times what was predicted, a plan was wrong in the direction that hurts."""
 _INDENT = 8
@@ -102,7 +104,7 @@ def summary(table: Table, width: int) -> list[Content]:
         lines.append(Content.styled(_indented(table["reason"], width), LEVEL_COLOURS[level]))
     if table["suggestions"]:
         lines.append(Content(_indented(f"fits with {', '.join(table['suggestions'][0]['settings'])}", width)))
-    told = [("step", step_words(table)), ("time", time_words(table["time"]))]
+    told = [("step", step_words(table)), ("time", time_words(table["time"], measures="m"))]
     if table.get("download_bytes"):
         told.append(("base", f"needs a download of about {wording.size(table['download_bytes'])}"))
     return [*lines, *(Content.assemble((f"{name:<8}", FAINT), _indented(said, width).lstrip()) for name, said in told)]
@@ -115,7 +117,7 @@ def page(table: Table, progress: Progress, width: int = 80) -> list[Content]:
     for name, said in NAMES.items():
         size, held = table["components"].get(name, 0), known.get(_MEASURED.get(name, name))
         if size or progress.held_bytes.get(name):  # what is there need not be at the largest moment
-            row = _row(said, size, held)
+            row = _row(said, size, held, compared=name not in _AFTERWARDS)
             lines.append(row + _share(name, size, table, width - row.cell_length - 3))
     for name, key in _TOTALS.items():
         lines.append(_row(name, table[key] or 0, metrics.get(_MEASURED[name])))
@@ -126,7 +128,7 @@ def page(table: Table, progress: Progress, width: int = 80) -> list[Content]:
     if table["components"]:
         lines.append(Content.styled(moment_words(table), FAINT))
     lines.append(Content())
-    for name, text in facts(table, _time_left(table["time"], progress)):
+    for name, text in facts(table, _time(table["time"], progress)):
         colour = LEVEL_COLOURS[table["verdict"]] if name == "memory" else ""
         lines.append(Content.assemble((f"{name:<14}", FAINT), (text, colour)))
     return [*lines, *_savings(table)]
@@ -149,11 +151,14 @@ def _savings(table: Table) -> list[Content]:
     return [Content(), *lines] if lines else []
 
 
-def _time_left(planned: Table, progress: Progress) -> str:
-    """`about 12 m 04 s left at 4.5 it/s`, as the run itself knows it; empty before its first steps, after its end."""
+def _time(planned: Table, progress: Progress) -> str:
+    """`about 12 m 04 s left at 4.5 it/s`, as the run itself knows it; empty before its first steps."""
     left, rate = progress.remaining_seconds, progress.metrics.get("steps_per_second")
-    if left is None or not rate or progress.over:
-        return ""
+    if progress.over:
+        done, took = progress.ended.step if progress.ended else progress.step, progress.elapsed_seconds
+        return f"{done:,} steps are done" + (f", in {wording.duration(took)}" if took else "") if done else ""
+    if left is None or not rate:
+        return "" if planned["seconds_a_step"] else "the first steps will tell"
     said = f"about {wording.duration(left)} left at {rate:.3g} it/s"
     early = planned["limit"].startswith("by ") and time.time() + left > planned["limit_at"]
     return f"{said}, but it stops {planned['limit'].replace('by', 'at', 1)}" if early else said
@@ -200,11 +205,11 @@ def _indented(text: str, width: int) -> str:
     return "\n".join(" " * _INDENT + part for part in [*lines, line])
 
 
-def _row(name: str, size: int, measured: float | None) -> Content:
+def _row(name: str, size: int, measured: float | None, *, compared: bool = True) -> Content:
     line = Content.assemble((f"{name:<22}", FAINT), f"{wording.size(size) if size else wording.MISSING:>12}")
     if not measured:
         return line + " " * 20
-    ratio = f"{size / measured:>6.2f} ×" if size else ""
+    ratio = f"{size / measured:>6.2f} ×" if size and compared else ""
     colour = "$warning" if name in _TOTALS and 0 < size * _TOO_LITTLE < measured else FAINT
     return Content.assemble(line, f"{wording.size(measured):>12}", (f"{ratio:<8}", colour))
 
