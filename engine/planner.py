@@ -163,7 +163,8 @@ def plan(
         accumulation=parts,
         capacity=capacity,
         level=level,
-        verdict=_verdict(need, capacity, level, reason or why, fits=bool(suggestions)),
+        verdict=_verdict(need, capacity, level, reason or why, fits=bool(suggestions))
+        + _on_a_gpu(profile, setting, level),
         reason=reason,
         suggestions=suggestions,
         savings=tuple(demand.savings(profile, setting)),
@@ -350,6 +351,14 @@ def _reason(components: Mapping[str, int], level: Level | None, why: str, *, fit
         bare = sum(components.get(name, 0) for name in (FROZEN, TRAINED, OPTIMIZER))
         return f"{why}, and weights and optimizer alone take {gigabytes(bare)}"
     return why
+
+
+def _on_a_gpu(profile: Profile, setting: Setting, level: Level | None) -> str:
+    """What it would need on a Mac, for who plans on a CPU, which computes in numbers twice as long."""
+    if level in (Level.GREEN, None) or setting.gpu or profile.train.dtype != "auto":
+        return ""
+    components, _ = _components(profile, replace(setting, gpu=True, compute_bytes=2, metal=True))
+    return f"; that is in float32, as CPUs compute: on a Mac's GPU, in bfloat16, {gigabytes(sum(components.values()))}"
 
 
 def _verdict(need: int, capacity: Capacity, level: Level | None, why: str, *, fits: bool) -> str:

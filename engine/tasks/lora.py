@@ -15,11 +15,11 @@ import numpy as np
 from engine.backend import compute_dtype, mx, on_gpu
 from engine.checkpoint import choose_checkpoint
 from engine.commands import Generate
-from engine.data.chat_dataset import Examples, load_chat_data
+from engine.data.chat_dataset import Examples, check_files, load_chat_data
 from engine.data.length_batches import examples_of
 from engine.errors import UserError
 from engine.loading import Loading
-from engine.models.adapters import adapter_config, attach, load_adapter, save_adapter
+from engine.models.adapters import adapter_config, attach, compare_settings, load_adapter, save_adapter
 from engine.models.anatomy import Anatomy, CannotCutError, trained_by_layer
 from engine.models.cached import speak
 from engine.models.pretrained import Base, load_base, vocabulary_size
@@ -53,8 +53,12 @@ class LoRATask:
         self.borrowed_weights = profile.adapter.init_from is not None
         if profile.adapter.init_from is not None:
             self._borrowed = checkpoint or _find_adapter(profile.adapter.init_from, runs_folder)
+            compare_settings(self._borrowed, profile.adapter)
+        check_files(profile.data)
         base = load_base(profile.model, compute_dtype(profile.train.dtype), loading)
         self._take(base, loading)
+        if self._borrowed is not None:
+            self.load(self._borrowed)  # lazily: what does not fit is refused before rows are read
         self._tokenizer = base.tokenizer
         dataset = load_chat_data(profile.data, base.tokenizer, self._train.sequence_length, profile.seed, loading)
         if dataset.largest_token >= self.vocabulary:
@@ -62,6 +66,9 @@ class LoRATask:
                 f"{base.name}: its tokenizer made token {dataset.largest_token}, but the model has "
                 f"{self.vocabulary:,} of them: tokenizer and model do not belong together"
             )
+        reach = base.config.get("max_position_embeddings")
+        if isinstance(reach, int) and (longest := int(dataset.train.lengths.max())) > reach:
+            loading.warn(f"rows of up to {longest:,} tokens: {base.name} was made for {reach:,} at most")
         self._rows, self._heldout = dataset.train, dataset.heldout
         self.data_digest = hashlib.sha256(f"{dataset.digest}\0{_digest(base)}".encode()).hexdigest()
 
