@@ -24,8 +24,10 @@ from engine.backend import mx
 from engine.checkpoint import choose_checkpoint, list_checkpoints
 from engine.commands import Checkpoint, Generate, Pause, Stop
 from engine.environment import environment
+from engine.errors import UserError
 from engine.events import AnswerEnded, AnswerText, Notice, State, StateChanged, StepCompleted
-from engine.models.adapters import attach, save_adapter
+from engine.models.adapters import adapter_config, attach, save_adapter
+from engine.models.pretrained import instantiate
 from engine.optimizer import learning_rate
 from engine.profile import LoRAProfile, parse_profile
 from engine.profile_lora import Adapter
@@ -261,9 +263,6 @@ def _small_vocabulary(rows: Path, base: Path) -> dict[str, Any]:
 
 
 def _another_adapter(rows: Path, base: Path) -> dict[str, Any]:
-    from engine.models.adapters import adapter_config
-    from engine.models.pretrained import instantiate
-
     config = json.loads((base / "config.json").read_text())
     model = instantiate({**config, "hidden_size": 64})
     adapter = Adapter(rank=4, alpha=8)
@@ -295,6 +294,41 @@ def test_what_is_wrong_is_one_line_before_anything_is_trained(name: str, tmp_pat
     assert ended.exit_code == 2 and ended.step == 0 and not run.of(StepCompleted)
     assert "\n" not in ended.reason
     assert re.fullmatch(said, ended.reason), ended.reason
+
+
+EARLY = {
+    "rows": (
+        {"data": {"files": ["/nowhere/rows.jsonl"]}},
+        r"data\.files: /nowhere/rows\.jsonl: no such file or folder",
+    ),
+    "held-out rows": ({"data": {"heldout_files": ["/nowhere.jsonl"]}}, r"data\.heldout_files: /nowhere\.jsonl: .*"),
+    "template": ({"data": {"chat_template": "/nowhere"}}, r"data\.chat_template: /nowhere: No such file or directory"),
+    "adapter": ({"adapter": {"init_from": "nobody"}}, r"adapter\.init_from = 'nobody': neither a run in .*"),
+    "rank": ({"adapter": {"rank": 8, "alpha": 16}}, r".*its adapter has rank 4, adapter\.rank is 8"),
+    "scale": ({"adapter": {"alpha": 16}}, r".*its adapter has scale 2, .* set adapter\.alpha = 8"),
+    "method": ({"adapter": {"method": "dora"}}, r".*its adapter is of method lora, adapter\.method is dora"),
+    "layers": ({"adapter": {"layers": 1}}, r".*its adapter is on 2 layers, adapter\.layers is 1"),
+    "targets": (
+        {"adapter": {"targets": "q_proj"}},
+        r".*its adapter has .*down_proj\.lora_a, which is not trained here.*",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_is_here_is_looked_at_before_what_takes_long(name: str, tmp_path: Path, tiny_llama: Path) -> None:
+    """Before a base is downloaded; where that is needed too, before the rows, which are broken, are read."""
+    sections, said = EARLY[name]
+    sections = {**sections, "adapter": {"init_from": str(tmp_path / "saved"), **sections.get("adapter", {})}}
+    model, adapter = instantiate(json.loads((tiny_llama / "config.json").read_text())), Adapter(rank=4, alpha=8)
+    attach(model, adapter, 0)
+    (tmp_path / "saved").mkdir()
+    save_adapter(tmp_path / "saved", model.trainable_parameters(), adapter_config(adapter, model, "base"))
+    (tmp_path / "rows.jsonl").write_text("broken")
+    base = str(tiny_llama) if name in ("layers", "targets") else "nobody/nothing"
+    with pytest.raises(UserError) as raised:
+        make_task(profile_of(Path(base), tmp_path / "rows.jsonl", **sections), tmp_path)
+    assert re.fullmatch(said, str(raised.value)), raised.value
 
 
 def test_the_benchmark_against_mlx_lm_runs_here(

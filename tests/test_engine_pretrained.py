@@ -161,6 +161,14 @@ BROKEN = {
     "unknown": (_amended(model_type="power-retention"), "model_type = 'power-retention' is none that"),
     "not a name": (_amended(model_type="..os"), r"model_type = '\.\.os' is none that"),
     "another shape": (_amended(intermediate_size=48), "its model cannot be loaded: Expected shape"),
+    "another vocabulary": (
+        _amended(vocab_size=300),
+        "embed_tokens.weight has 320 rows, vocab_size says 300; they do not belong together",
+    ),
+    "no tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        "there is no tokenizer.json in it",
+    ),
     "other layers": (_amended(num_hidden_layers=3), "its model cannot be loaded: Missing 9 parameters"),
     "brings code": (_amended(model_file="model.py"), "asks to run code that came with the model"),
     "an adapter": (_adapter_only, "is an adapter, not a base: name it as adapter.init_from"),

@@ -76,7 +76,8 @@ def load_adapter(folder: Path, model: nn.Module, adapter: Adapter | None) -> Any
     """
     config = read_adapter_config(folder)
     if adapter is not None:
-        _compare(folder, config, adapter, model)
+        compare_settings(folder, adapter)
+        _compare_layers(folder, config, adapter, model)
     weights = _read_weights(folder)
     expected = dict(tree_flatten(model.trainable_parameters()))
     trained_on = f" (it was trained on {config['model']})" if config.get("model") else ""
@@ -90,6 +91,25 @@ def load_adapter(folder: Path, model: nn.Module, adapter: Adapter | None) -> Any
             theirs, ours = _shape(weights[name]), _shape(array)
             raise UserError(f"{folder}: its {name} is {theirs}, this model's is {ours}{trained_on}")
     return tree_unflatten([(name, weights[name].astype(mx.float32)) for name in expected])
+
+
+def compare_settings(folder: Path, adapter: Adapter) -> None:
+    """Raises `UserError` where a saved adapter is not what the profile asks for, as far as no model is needed."""
+    config = read_adapter_config(folder)
+    if config["fine_tune_type"] != adapter.method:
+        raise UserError(
+            f"{folder}: its adapter is of method {config['fine_tune_type']}, adapter.method is {adapter.method}"
+        )
+    if adapter.method == "full":
+        return
+    theirs = config["lora_parameters"]
+    if theirs["rank"] != adapter.rank:
+        raise UserError(f"{folder}: its adapter has rank {theirs['rank']}, adapter.rank is {adapter.rank}")
+    if abs(theirs["scale"] - adapter.scale) > 1e-6 * adapter.scale:
+        raise UserError(
+            f"{folder}: its adapter has scale {theirs['scale']:g}, the profile's alpha / rank is {adapter.scale:g}; "
+            f"set adapter.alpha = {theirs['scale'] * adapter.rank:g}"
+        )
 
 
 def save_adapter(folder: Path, parameters: Any, config: Mapping[str, Any]) -> None:
@@ -186,23 +206,10 @@ def _known(name: str, there: Iterable[str]) -> str:
     return f"{nearest}it has {', '.join(names)}"
 
 
-def _compare(folder: Path, config: Mapping[str, Any], adapter: Adapter, model: nn.Module) -> None:
-    """Raises `UserError` where a saved adapter is not what the profile asks for."""
-    ours = adapter_config(adapter, model, "")
-    if config["fine_tune_type"] != adapter.method:
-        raise UserError(
-            f"{folder}: its adapter is of method {config['fine_tune_type']}, adapter.method is {adapter.method}"
-        )
+def _compare_layers(folder: Path, config: Mapping[str, Any], adapter: Adapter, model: nn.Module) -> None:
     if adapter.method == "full":
         return
-    theirs = config["lora_parameters"]
-    if theirs["rank"] != adapter.rank:
-        raise UserError(f"{folder}: its adapter has rank {theirs['rank']}, adapter.rank is {adapter.rank}")
-    if abs(theirs["scale"] - adapter.scale) > 1e-6 * adapter.scale:
-        raise UserError(
-            f"{folder}: its adapter has scale {theirs['scale']:g}, the profile's alpha / rank is {adapter.scale:g}; "
-            f"set adapter.alpha = {theirs['scale'] * adapter.rank:g}"
-        )
+    ours = adapter_config(adapter, model, "")
     count = config["num_layers"] if config["num_layers"] > 0 else len(_layers(model))
     if min(count, len(_layers(model))) != ours["num_layers"]:
         raise UserError(f"{folder}: its adapter is on {count} layers, adapter.layers is {ours['num_layers']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes, load_model, load_tokenizer
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.npz")
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*")
+_OTHER_ROWS = re.compile(
+    r"Expected shape \((\d+),.*\) but received shape \((\d+),.*\) for parameter "
+    r"(\S*(?:embed_tokens|tok_embeddings|word_embeddings|wte|lm_head)\.\S*)"
+)
 _FAULTS_OF_DATA = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 _LOADING_ERRORS = (*_FAULTS_OF_DATA, AssertionError, ImportError, SystemExit)  # OLMo's module exits, in fact
 """What a config that does not fit, or a missing package of a tokenizer's, ends in somewhere inside the libraries."""
@@ -51,7 +57,9 @@ def load_base(model: PretrainedModel, dtype: mx.Dtype | None, loading: Loading) 
     check_folder(folder)
     if model.trust_remote_code:
         loading.warn(f"trust_remote_code is on: the tokenizer of {name} may run code that was downloaded with it")
-    with _in_one_line(f"{folder}: its model cannot be loaded"):
+    if not model.trust_remote_code:
+        _check_tokenizer(folder)
+    with _in_one_line(f"{folder}: its model cannot be loaded"), _vocabulary_told(folder):
         net, config = load_model(folder, lazy=True, strict=True)
     tokenizer = _tokenizer(folder, config, model.trust_remote_code)
     if model.quantize_bits is not None:
@@ -166,6 +174,27 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
         return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and stays(path) else array
 
     model.update(tree_map_with_path(turn, model.parameters()))
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
+        raise UserError(
+            f"{folder}: there is no tokenizer.json in it, nor another file of a tokenizer; "
+            "copy those that belong to the model"
+        )
+
+
+@contextmanager
+def _vocabulary_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if (found := _OTHER_ROWS.search(str(error))) and found[1] != found[2]:
+            raise UserError(
+                f"{folder}: its weights are of another vocabulary than its config.json: {found[3]} has "
+                f"{int(found[2]):,} rows, vocab_size says {int(found[1]):,}; they do not belong together"
+            ) from None
+        raise
 
 
 def _tokenizer(folder: Path, config: Mapping[str, Any], trusted: bool) -> Any:
