@@ -34,7 +34,7 @@ from engine.guards import Action, ClearCache, End, Hold, LetGo, Shrink, Tell, Wa
 from engine.guards.divergence import DivergenceGuard, Judgement, Verdict
 from engine.guards.early_stopping import EarlyStopping
 from engine.journal import Journal
-from engine.loading import Loading
+from engine.loading import Interrupted, Loading
 from engine.opening import (
     check_identity,
     compare_ranks,
@@ -101,7 +101,12 @@ class Trainer:
         if resume_from and ranks.chief:
             checkpoint = find_checkpoint(run, resume_from, self._tell, self._warn)
         loading = Loading(journal.say, inbox if ranks.chief else None)
-        self._task = make_task(profile, run.path.parent, checkpoint.path if checkpoint else None, loading)
+        try:
+            self._task = make_task(profile, run.path.parent, checkpoint.path if checkpoint else None, loading)
+        except Interrupted:
+            for command in loading.heard():  # who asked something is told that the run has ended
+                inbox.put(command)
+            raise
         self._total_steps = self._task.total_steps()
         compare_ranks(ranks, self._task.data_digest, self._total_steps)
         self._dtype = compute_dtype(profile.train.dtype)

@@ -34,6 +34,7 @@ from engine.profile_lora import Adapter
 from engine.runs import create_run
 from engine.store import RunDirectory
 from engine.tasks import make_task
+from engine.worker import Engine
 
 import mlx.optimizers as optim
 from mlx_lm import generate, load
@@ -347,3 +348,18 @@ def test_the_benchmark_against_mlx_lm_runs_here(
     for way in ("whole", "layerwise"):  # what such a process does
         [result] = map(json.loads, printed("--case", way))
         assert result["tokens_per_second"] > 0 and result["peak_bytes"] > 10**7
+
+
+def test_who_asks_while_it_loads_and_is_stopped_is_told(tmp_path: Path, tiny_llama: Path) -> None:
+    engine = Engine(
+        create_run(tmp_path / "runs", "run", {"environment": environment()}),
+        profile_of(tiny_llama, write_rows(tmp_path / "rows", 30)),
+    )
+    mailbox = engine.subscribe()
+    engine.send(Generate(answer="a", prompt="What?"))
+    engine.send(Stop())
+    engine.start()
+    ended = engine.join(60)
+    assert ended is not None and (ended.state, ended.exit_code) == (State.STOPPED, 0)
+    answers = [event for event in mailbox.take() if isinstance(event, AnswerEnded)]
+    assert [(event.answer, event.reason) for event in answers] == [("a", "run ended")]
