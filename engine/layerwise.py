@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from engine.backend import mx, on_gpu, scalar
 from engine.models.anatomy import Arguments, CannotCutError, Half, trained_by_layer
+from engine.models.moulds import build_of, join_arguments, split_arguments
 from engine.ops.dropout import KeyedDropout
 from engine.ops.losses import cross_entropy_sum, tokens_at_once
 
@@ -76,7 +75,7 @@ class Layerwise:
                 _Part(half, tuple(filter(half.uses, trained)), tuple(item for item in frozen if half.uses(item[0])))
                 for half in pair
             )
-            build = (_build_of(module), tuple(trained)) if compiled else len(builds)
+            build = (build_of(module), tuple(trained)) if compiled else len(builds)
             if build not in builds:
                 builds[build] = len(self._moulds)
                 self._moulds.append(module)
@@ -147,7 +146,7 @@ class Layerwise:
     def _half_forward(
         self, index: int, number: int, trained: Flat, hidden: mx.array, given: Arguments, seed: int
     ) -> mx.array:
-        layer, (extras, still) = self._layers[index], _split_arguments(given)
+        layer, (extras, still) = self._layers[index], split_arguments(given)
         part = layer.parts[number]
 
         def run(
@@ -199,7 +198,7 @@ class Layerwise:
         wanted: bool,
         sums: Flat,
     ) -> mx.array:
-        layer, (extras, still) = self._layers[index], _split_arguments(given)
+        layer, (extras, still) = self._layers[index], split_arguments(given)
         part = layer.parts[number]
 
         def gradients(
@@ -245,7 +244,7 @@ class Layerwise:
     ) -> mx.array:
         """A half of a layer with these weights, on the module that stands for all of its kind."""
         self._task.keys.begin(key)
-        given = _joined_arguments(still, extras)
+        given = join_arguments(still, extras)
         arrays = self._cast(zip(part.trained, weights, strict=True))
         if frozen:
             arrays += [(name, array) for (name, _), array in zip(part.frozen, frozen, strict=True)]
@@ -384,62 +383,8 @@ def _dressed(module: nn.Module, arrays: list[tuple[str, mx.array]]) -> Iterator[
         module.update(own)
 
 
-def _split_arguments(given: Arguments) -> tuple[list[mx.array], Any]:
-    """The arrays of a layer's arguments, and the rest of them, with a place for each array."""
-    arrays: list[mx.array] = []
-
-    def take(value: Any) -> Any:
-        if isinstance(value, mx.array):
-            arrays.append(value)
-            return _Place(len(arrays) - 1)
-        return value
-
-    positional = tuple(map(take, given.positional))
-    named = tuple((name, take(value)) for name, value in given.named)
-    return arrays, (positional, named)
-
-
-@dataclass(frozen=True)
-class _Place:
-    index: int
-
-
-def _joined_arguments(still: Any, arrays: Sequence[mx.array]) -> Arguments:
-    def give(value: Any) -> Any:
-        return arrays[value.index] if isinstance(value, _Place) else value
-
-    positional, named = still
-    return Arguments(tuple(map(give, positional)), tuple((name, give(value)) for name, value in named))
-
-
 def _key(seed: int, *place: int) -> mx.array:
     """A random key for a place in a model: the same whenever that is computed again."""
     for part in place:
         seed = (seed * 6364136223846793005 + part + 1442695040888963407) % (1 << 63)
     return mx.random.key(seed)
-
-
-def _build_of(layer: nn.Module) -> Any:
-    """All that a layer's computation depends on beside its weights: what two layers share where this is equal."""
-    parts: list[Any] = []
-    for name, module in sorted(layer.named_modules(), key=lambda item: item[0]):
-        parts.append((name, type(module)))
-        for key, value in sorted((*vars(module).items(), *module.items()), key=lambda item: str(item[0])):
-            is_parameter = not str(key).startswith("_")
-            if isinstance(value, mx.array):
-                content = None if is_parameter else np.asarray(value.astype(mx.float32)).tobytes()
-                parts.append((key, value.shape, value.dtype, content))
-            elif isinstance(value, list | tuple | dict) and not isinstance(value, nn.Module):
-                parts.extend(
-                    (key, name, _known_by(leaf))
-                    for name, leaf in tree_flatten(value)
-                    if not (is_parameter and isinstance(leaf, mx.array))  # weights are given to the function
-                )
-            elif not isinstance(value, nn.Module | set):
-                parts.append((key, _known_by(value)))
-    return tuple(parts)
-
-
-def _known_by(value: Any) -> Any:
-    """What two values that are the same have in common."""
-    return value if isinstance(value, int | float | str | bool | type(None)) else id(value)
