@@ -15,9 +15,9 @@ from engine.backend import mx
 from engine.checkpoint import choose_checkpoint, list_checkpoints
 from engine.errors import UserError
 from engine.models.adapters import CONFIG_FILE, WEIGHTS_FILE
-from engine.models.pretrained import Base
+from engine.models.pretrained import Base, read_config
 from engine.runs import find_run
-from engine.tuned import find_tuned, load_tuned
+from engine.tuned import find_tuned, load_tuned, model_folder
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
@@ -45,12 +45,14 @@ def fuse(
     not possible, or something is there already.
     """
     tuned = find_tuned(runs_folder, name, checkpoint, report)
-    if tuned is None:
+    if model_folder(runs_folder, name) is not None:
+        raise UserError(f"{name} is a model's folder without an adapter: there is nothing to fuse")
+    if tuned is None or tuned.adapter is None:
         raise UserError(f"{name} has no adapter to fuse: its checkpoints are whole models already")
     with _new_folder(output) as folder:
         base = load_tuned(tuned, None, report)
         if gguf:
-            _check_gguf(base, dequantize)
+            _check_gguf(base, tuned.model.quantize_bits, dequantize)
         _fuse(base.model, dequantize)
         config = dict(base.config)
         if dequantize:
@@ -73,6 +75,8 @@ def export_adapters(runs_folder: Path, name: str, output: Path, report: Callable
     each checkpoint; damaged ones are reported and left out. Raises `UserError` where the run has none, or something is
     there already.
     """
+    if model_folder(runs_folder, name) is not None:
+        raise UserError(f"{name} is a model's folder: it has no adapters")
     run = find_run(runs_folder, name)
     chosen = choose_checkpoint(run, "best", to_read=True)
     if not (chosen.path / WEIGHTS_FILE).is_file():
@@ -97,12 +101,14 @@ def _fuse(model: nn.Module, dequantize: bool) -> None:
         dequantize_model(model)
 
 
-def _check_gguf(base: Base, dequantize: bool) -> None:
+def _check_gguf(base: Base, quantize_bits: int | None, dequantize: bool) -> None:
     kind = base.config.get("model_type")
     if kind not in _GGUF_TYPES:
         raise UserError(f"--gguf: mlx-lm writes it for {', '.join(_GGUF_TYPES)} only; {base.name} is of type {kind!r}")
     if "quantization" in base.config and not dequantize:
-        raise UserError(f"--gguf: {base.name} is quantized, and GGUF is written in 16 bits: give --dequantize too")
+        here = quantize_bits is not None and "quantization" not in read_config(base.folder)
+        why = f" when it is loaded (model.quantize_bits = {quantize_bits})" if here else ""
+        raise UserError(f"--gguf: {base.name} is quantized{why}, and GGUF is written in 16 bits: give --dequantize too")
 
 
 def _write_gguf(folder: Path) -> None:

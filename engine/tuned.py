@@ -1,4 +1,4 @@
-"""A base with a trained adapter on it, outside of any training: of a run, or of a folder that mlx-lm wrote."""
+"""A base with a trained adapter on it, outside of any training: of a run, or of a folder that anybody wrote."""
 
 from __future__ import annotations
 
@@ -29,26 +29,47 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tuned:
-    """Where a tuned model is: its base, its adapter's folder, and the chat template that it was taught with."""
+    """Where a tuned model is: its base, its adapter's folder, and the chat template that it was taught with.
+
+    A model's folder, a fused one perhaps, is a base without an adapter.
+    """
 
     model: PretrainedModel
-    adapter: Path
+    adapter: Path | None
     chat_template: str | None = None
 
 
 def find_tuned(runs_folder: Path, name: str, checkpoint: str, report: Report) -> Tuned | None:
-    """What a run has learned at a checkpoint (`latest`, `best` or a step), or an adapter's folder.
+    """What a run has learned at a checkpoint (`latest`, `best` or a step), or the folder of an adapter or a model.
 
-    None where the run trains whole models. Raises `UserError` where there is nothing of that name.
+    None where a run of that name trains whole models, or the folder is of such a model. Raises `UserError` where there
+    is nothing of that name.
     """
     bare = Path(name).expanduser()
     if (bare / "adapter_config.json").is_file() and not (runs_folder / name / "run.json").is_file():
         above = bare.resolve().parent.parent
         return _of_run(RunDirectory(above), bare) if (above / "run.json").is_file() else _of_folder(bare)
+    if (folder := model_folder(runs_folder, name)) is not None:
+        return None if is_retention_lm(folder) else Tuned(PretrainedModel(init_from=str(folder)), None)
     run = find_run(runs_folder, name)
     if run.identity()["profile"].get("kind") != "lora":
         return None
     return _of_run(run, choose_checkpoint(run, checkpoint, report, to_read=True).path)
+
+
+def model_folder(runs_folder: Path, name: str) -> Path | None:
+    """The folder of a whole model, where the name means one and no run."""
+    bare = Path(name).expanduser()
+    whole = (bare / "config.json").is_file() and not (runs_folder / name / "run.json").is_file()
+    return bare.resolve() if whole else None
+
+
+def is_retention_lm(folder: Path) -> bool:
+    """Whether a model's folder is of one that was trained here."""
+    from engine.models.pretrained import read_config
+    from engine.models.retention_lm import MODEL_TYPE
+
+    return read_config(folder).get("model_type") == MODEL_TYPE
 
 
 def _of_run(run: RunDirectory, folder: Path) -> Tuned:
@@ -67,7 +88,7 @@ def _of_folder(folder: Path) -> Tuned:
 
 
 def load_tuned(tuned: Tuned, dtype: mx.Dtype | None, report: Report) -> Base:
-    """The base, in `dtype` or as in its files, with the adapter's layers in it, their weights in float32.
+    """The base, in `dtype` or as in its files, with the adapter's layers in it, if any, their weights in float32.
 
     What takes long is reported. Raises `UserError` where either cannot be loaded, or the adapter is another model's.
     """
@@ -83,6 +104,9 @@ def load_tuned(tuned: Tuned, dtype: mx.Dtype | None, report: Report) -> Base:
 
     base = load_base(tuned.model, dtype, Loading(say))
     use_template(base.tokenizer, tuned.chat_template)
+    if tuned.adapter is None:
+        base.model.eval()
+        return base
     learned = attach_saved(base.model, tuned.adapter)
     fresh = base.model.trainable_parameters()  # where all weights were trained, they keep the base's dtype
     base.model.update(tree_map(lambda new, old: new.astype(old.dtype), learned, fresh))

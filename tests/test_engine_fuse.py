@@ -15,15 +15,18 @@ from typer.testing import CliRunner
 from engine.backend import mx
 from engine.checkpoint import save_checkpoint
 from engine.commands import Generate
+from engine.data.tokenizers import train_bpe
 from engine.errors import UserError
 from engine.fuse import export_adapters, fuse
 from engine.loading import Loading
 from engine.models.adapters import adapter_config, attach, save_adapter
 from engine.models.pretrained import load_base
+from engine.models.retention_lm import RetentionLM, RetentionLMConfig
 from engine.profile_lora import Adapter, PretrainedModel
 from engine.runs import create_run
 from engine.speaker import continue_text
 from engine.store import RunDirectory
+from engine.tasks import retention_lm
 from retention_tui.cli import cli
 
 import mlx_lm
@@ -98,7 +101,11 @@ def test_a_fused_folder_computes_what_base_and_adapter_do(
     assert config["vocab_size"] == 320 and not any("lora" in name for name, _ in tree_flatten(fused.parameters()))
     newest, _ = mlx_lm.load(str(tiny_llama), adapter_path=str(checkpoint(run, 2)))
     assert not mx.allclose(fused(TOKENS), newest(TOKENS), rtol=1e-4, atol=1e-4)
-    assert said_by_mlx_lm(tmp_path / "out" / "fused") == said(runs, run.name)
+    assert said_by_mlx_lm(tmp_path / "out" / "fused") == said(runs, run.name) == said(runs, tmp_path / "out" / "fused")
+    with pytest.raises(UserError, match="is a model's folder without an adapter: there is nothing to fuse"):
+        fuse(runs, str(tmp_path / "out" / "fused"), tmp_path / "out" / "again", quiet)
+    with pytest.raises(UserError, match="is a model's folder: it has no adapters"):
+        export_adapters(runs, str(tmp_path / "out" / "fused"), tmp_path / "out" / "again", quiet)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["fused"]
 
 
@@ -131,7 +138,8 @@ def test_gguf_is_written_where_mlx_lm_can(make: Make, runs: Path, tmp_path: Path
     assert int(metadata["llama.block_count"].item()) == 2 and weights["token_embd.weight"].shape == (320, 32)
     qwen = make(write_tiny_llama(tmp_path / "qwen", model_type="qwen2"))
     packed = make(write_tiny_llama(tmp_path / "wide", width=64), quantize_bits=4)
-    for run, told in ((qwen, "is of type 'qwen2'"), (packed, "is quantized, and GGUF is written in 16 bits")):
+    on_load = r"wide is quantized when it is loaded \(model.quantize_bits = 4\), and GGUF is written in 16 bits"
+    for run, told in ((qwen, "is of type 'qwen2'"), (packed, on_load)):
         with pytest.raises(UserError, match=told):
             fuse(runs, run.name, tmp_path / "not", quiet, gguf=True)
         assert not list(tmp_path.glob("*not*"))
@@ -192,6 +200,17 @@ def test_any_adapters_folder_is_spoken_with(make: Make, runs: Path, tmp_path: Pa
         said(runs, theirs)
     with pytest.raises(UserError, match="run 'nothing' is not in"):
         said(runs, "nothing")
+
+
+def test_a_folder_of_a_model_that_was_trained_here_is_spoken_with(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    tokenizer = train_bpe(["What is a lambda? It is what def is, without a name."], 270)
+    tokenizer.save(folder)
+    mx.random.seed(0)
+    RetentionLM(RetentionLMConfig(width=32, layers=1, heads=2, vocab_size=tokenizer.vocab_size)).save(folder)
+    expected = "".join(piece for piece in retention_lm.speak(*retention_lm.load_speaker(folder), QUESTION) if piece)
+    assert expected and said(runs, folder) == expected
 
 
 def test_the_command_line_fuses_exports_and_speaks(
