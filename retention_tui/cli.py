@@ -137,7 +137,9 @@ def control(
 
 @cli.command()
 def generate(
-    run_name: Annotated[str, typer.Argument(metavar="RUN", help="a run's name or folder, or an adapter's folder")],
+    run_name: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run's name or folder, or the folder of an adapter or a model")
+    ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="a text to go on from, or a message")],
     checkpoint: Annotated[str, typer.Option(help="latest, best or a checkpoint's step")] = "latest",
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,

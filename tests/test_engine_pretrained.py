@@ -18,6 +18,7 @@ from engine.commands import Generate
 from engine.errors import UserError
 from engine.events import Event, LoadingProgress
 from engine.generate import generate
+from engine.lines import LineWriter
 from engine.loading import Loading
 from engine.models.adapters import adapter_config, attach, attach_saved, load_adapter, save_adapter
 from engine.models.cached import CachedModel, prompt_tokens, speak
@@ -105,6 +106,15 @@ def test_what_is_quantized_already_stays_and_says_so(tmp_path: Path, quantized: 
     base = load_base(PretrainedModel(init_from=str(quantized), quantize_bits=8), mx.float32, Loading(said.append))
     assert base.config["quantization"]["bits"] == 4
     assert ["4 bits" in str(event) for event in said if not isinstance(event, LoadingProgress)] == [True]
+
+
+def test_quantizing_is_told_to_its_end(tmp_path: Path) -> None:
+    said: list[Event] = []
+    folder = write_tiny_llama(tmp_path / "m", width=64)
+    load_base(PretrainedModel(init_from=str(folder), quantize_bits=4), mx.float32, Loading(said.append))
+    told = [event for event in said if isinstance(event, LoadingProgress) and event.what == "quantizing to 4 bits"]
+    assert told[0].done == 0 and told[-1].done == told[-1].total == 15
+    assert "15 of 15 modules" in [line for event in said for line in LineWriter().lines(event)][-1]
 
 
 @pytest.fixture
