@@ -28,7 +28,8 @@ AMENDABLE = (
 )
 """What may change without making it another run."""
 
-_ROLLBACK = "rollback"
+ROLLBACK = "rollback"
+"""The key of a mark that the run has gone back; no setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class Amendments:
 
     def go_back(self, to_step: int, because_of: int) -> None:
         """Marks a rollback for the sake of a step: the learning rate is lower after `to_step`."""
-        self._list.append(Amendment(to_step, _ROLLBACK, str(because_of)))
+        self._list.append(Amendment(to_step, ROLLBACK, str(because_of)))
         self._store()
 
     def forget_after(self, step: int) -> None:
@@ -128,10 +129,10 @@ class Amendments:
     def _settings(self, entries: Iterable[Amendment] | None = None) -> list[Amendment]:
         """In the order of their steps."""
         chosen = self._list if entries is None else entries
-        return sorted((e for e in chosen if e.key not in (*LIMITS, _ROLLBACK)), key=lambda entry: entry.from_step)
+        return sorted((e for e in chosen if e.key not in (*LIMITS, ROLLBACK)), key=lambda entry: entry.from_step)
 
     def _marks(self) -> list[Amendment]:
-        return [entry for entry in self._list if entry.key == _ROLLBACK]
+        return [entry for entry in self._list if entry.key == ROLLBACK]
 
     def _store(self) -> None:
         try:

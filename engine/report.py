@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.amendments import ROLLBACK
 from engine.events import Level, State
 from engine.store import RunDirectory
 
@@ -53,6 +54,15 @@ class Rest:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A setting that was changed while the run trained, in force after `from_step`."""
+
+    from_step: int
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
 class Report:
     """All that happened to one run. None is unknown; sizes are in bytes."""
 
@@ -63,7 +73,11 @@ class Report:
     live: bool
     step: int
     total_steps: int
+    settings: Mapping[str, Any]
+    """The profile as the run began with it."""
+    changes: list[Change]
     parameters: int | None
+    trained_parameters: int | None
     device: str
     trained_seconds: float
     """Time spent on the steps that count: those of the present line, without pauses, validations and checkpoints."""
@@ -113,7 +127,10 @@ def report(run: RunDirectory) -> Report:
         live=live,
         step=loss[0] if loss else (stretches[-1].from_step if stretches else 0),
         total_steps=opened["total_steps"] if opened else 0,
+        settings=identity["profile"],
+        changes=changes(identity),
         parameters=opened["parameters"] if opened else None,
+        trained_parameters=opened.get("trained_parameters") if opened else None,
         device=f"{opened['device']}, {opened['dtype']}" if opened else "",
         trained_seconds=seconds[1] if seconds else 0.0,
         stretches=stretches,
@@ -132,6 +149,12 @@ def report(run: RunDirectory) -> Report:
         most_swap_bytes=swap,
         pressure_seconds=pressure,
     )
+
+
+def changes(identity: Mapping[str, Any]) -> list[Change]:
+    """The settings that run.json says were changed while the run trained, by steps."""
+    entries = [Change(entry["from_step"], entry["key"], entry["value"]) for entry in identity.get("amendments", ())]
+    return sorted((entry for entry in entries if entry.key != ROLLBACK), key=lambda entry: entry.from_step)
 
 
 def _stretches(run: RunDirectory, live: bool) -> list[Stretch]:

@@ -39,11 +39,15 @@ def print_runs(folder: Path, as_json: bool) -> None:
 
 def print_run(folder: Path, name: str, as_json: bool) -> None:
     from engine.checkpoint import best_checkpoint, list_checkpoints  # loads MLX
+    from engine.report import changes
+    from retention_tui.kinds import parameters, run_facts
 
     run = find_run(folder, name)
     summary, identity, checkpoints = run.summary(), run.identity(), list_checkpoints(run)
     best = best_checkpoint(checkpoints)
-    alarms = [event for event in run.events() if event["event"] == "alarm"]
+    events = run.events()
+    alarms = [event for event in events if event["event"] == "alarm"]
+    opened = next((event for event in reversed(events) if event["event"] == "run_opened"), None)
     if as_json:
         saved = [{"step": c.step, "attempt": c.attempt, "path": c.path, "best": c == best} for c in checkpoints]
         attempts = [asdict(attempt) for attempt in run.attempts()]
@@ -53,9 +57,11 @@ def print_run(folder: Path, name: str, as_json: bool) -> None:
         return
     attempts_made = run.attempts()
     reason = attempts_made[-1].reason if attempts_made else ""
+    size = f", {parameters(opened['parameters'], opened.get('trained_parameters'))}" if opened else ""
     lines = [
         ("run", f"{summary.name} ({summary.path})"),
-        ("profile", f"{summary.profile}, {summary.kind}"),
+        ("profile", f"{summary.profile}, {summary.kind}{size}"),
+        *run_facts(identity["profile"], changes(identity)),
         ("state", summary.state + (f": {reason}" if reason else "")),
         ("step", f"{summary.step:,} of {summary.total_steps:,}, in {len(attempts_made)} attempt(s)"),
         ("loss", _number(summary.loss)),

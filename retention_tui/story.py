@@ -12,6 +12,7 @@ from engine.events import State
 from engine.report import INTERRUPTED, Report, Stretch, report
 from engine.store import RunDirectory
 from retention_tui import wording
+from retention_tui.kinds import parameters, run_facts
 from retention_tui.progress import Weight
 from retention_tui.visits import last_look
 
@@ -99,9 +100,10 @@ def page(story: Report) -> list[str]:
 
 
 def _facts(story: Report) -> Iterator[tuple[str, str]]:
-    size = f", {wording.thousands(story.parameters)} parameters" if story.parameters is not None else ""
+    size = f", {parameters(story.parameters, story.trained_parameters)}" if story.parameters is not None else ""
     yield "profile", f"{story.profile}, {story.kind}{size}{f' on {story.device}' if story.device else ''}"
     yield "folder", str(story.path)
+    yield from run_facts(story.settings, story.changes)
     if story.began is not None and story.last_sign is not None:
         yield "begun", _date(story.began)
         yield ("last heard of" if story.live or story.state == INTERRUPTED else "ended"), _date(story.last_sign)

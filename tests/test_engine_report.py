@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 
 from engine.errors import UserError
 from engine.events import Alarm, Level, Notice, Reading, RunEnded, RunOpened, State, StateChanged
-from engine.report import INTERRUPTED, report
+from engine.profile_files import load_profile
+from engine.report import INTERRUPTED, Change, report
 from engine.runs import create_run
 from engine.store import RunDirectory
 from engine.store_writer import StoreWriter
@@ -33,16 +35,17 @@ NIGHT = time.time() - 10 * HOUR
 class Told:
     """A run that is told to the store, with times of our own; each time is in hours after the night began."""
 
-    def __init__(self, folder: Path, name: str = "night") -> None:
-        identity = {"profile": {"kind": "retention-lm"}, "environment": {}}
-        self.run = create_run(folder, "demo", identity, name)
+    def __init__(self, folder: Path, name: str = "night", **identity: object) -> None:
+        given = {"profile": {"kind": "retention-lm"}, "environment": {}, **identity}
+        self.run = create_run(folder, "demo", given, name)
 
-    def attempt(self, from_step: int, at: float) -> StoreWriter:
+    def attempt(self, from_step: int, at: float, trained: int | None = None) -> StoreWriter:
         store = StoreWriter(self.run)
         number = store.begin_attempt(from_step, 300)
         opened = RunOpened(
             time=NIGHT + at * HOUR, run=self.run.name, directory="", task="retention-lm", device="cpu",
             dtype="float32", parameters=900, step=from_step, total_steps=300, attempt=number,
+            trained_parameters=trained,
         )  # fmt: skip
         store.record_event(opened)
         store.set_state(State.TRAINING)
@@ -119,6 +122,35 @@ def test_the_page_tells_it_in_order(eventful: RunDirectory) -> None:
     facts = "\n".join(lines)
     for words in ("10 m 00 s in 2 attempts, paused for 30 m", "best 3.250 at step 200", "pressure yellow for 20 s"):
         assert words in facts
+
+
+def test_what_was_trained_and_what_was_changed_meanwhile_is_told(tmp_path: Path) -> None:
+    profile = load_profile("lora-m2-air-8gb-4bit", ["data.loss_on=answers"]).model_dump(mode="json", by_alias=True)
+    amendments = [
+        {"from_step": 90, "key": "train.micro_batch_size", "value": "1"},
+        {"from_step": 60, "key": "rollback", "value": "70"},
+        {"from_step": 40, "key": "train.learning_rate", "value": "1e-4"},
+    ]
+    told = Told(tmp_path, profile=profile, amendments=amendments)
+    told.attempt(0, 0, trained=40).close()
+    assert report(told.run).changes == [
+        Change(40, "train.learning_rate", "1e-4"),
+        Change(90, "train.micro_batch_size", "1"),
+    ]
+    shown = subprocess.run(
+        [*COMMAND, "show", "night", "--runs-dir", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    for said in ("\n".join(page(report(told.run))), shown.stdout):
+        assert "40 of 0.9 k parameters trained" in said
+        for words in (
+            profile["model"]["init_from"],
+            r"method +LoRA",
+            r"rank 32, alpha \d+",
+            r"rows .*, loss on answers",
+            r"changed +train\.learning_rate = 1e-4 after step 40\n +train\.micro_batch_size = 1 after step 90",
+        ):
+            assert re.search(words, said), words
+        assert "rollback" not in said
 
 
 def test_a_long_story_still_fits_on_a_page(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from textual.app import ComposeResult
 from textual.containers import Vertical
@@ -10,12 +10,13 @@ from textual.content import Content
 from textual.widgets import Static
 
 from engine.events import State
-from engine.profile import Checkpoint, LoRAProfile, Profile, RetentionProfile
+from engine.profile import Checkpoint, Profile, RetentionProfile
 from engine.report import INTERRUPTED
 from engine.runs import DAMAGED
 from engine.store import RunSummary
 from retention_tui import wording
 from retention_tui.history import Series
+from retention_tui.kinds import Fact, kind_facts
 from retention_tui.plan_view import Table
 from retention_tui.theme import FAINT
 from retention_tui.widgets.chart import Chart
@@ -25,11 +26,6 @@ from retention_tui.widgets.plan import PlanSummary
 
 CURVES = ("loss", "val_loss")
 """The metrics of a run's chart here."""
-
-_METHODS = {"lora": "LoRA", "dora": "DoRA", "full": "all weights are trained"}
-
-Fact = tuple[str, str]
-"""A name and what is said of it."""
 
 
 class Details(Vertical):
@@ -111,7 +107,7 @@ def _profile_facts(profile: Profile) -> list[Fact]:
         ("sequence length", f"{train.sequence_length:,} tokens"),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
         ("warm-up", f"{train.warmup_steps:,} steps"),
-        *_kind_facts(profile),
+        *kind_facts(profile),
         ("checkpoint", _how_often(profile.checkpoint)),
     ]
 
@@ -121,39 +117,6 @@ def _how_often(checkpoint: Checkpoint) -> str:
     steps = [f"{checkpoint.every:,} steps"] if checkpoint.every else []
     minutes = [f"{checkpoint.every_minutes:g} minutes"] if checkpoint.every_minutes else []
     return f"every {' or '.join(steps + minutes)}" if steps or minutes else "at the end"
-
-
-def _kind_facts(profile: Profile) -> list[Fact]:
-    match profile:
-        case RetentionProfile(model=model, data=data):
-            return [
-                ("width", f"{model.width:,}"),
-                ("layers", f"{model.layers}"),
-                ("heads", f"{model.heads} of {model.width // model.heads}"),
-                ("vocabulary", f"{model.vocab_size:,}"),
-                ("text", data.builtin or _last_parts(data.files)),
-            ]
-        case LoRAProfile(model=base, adapter=adapter, data=rows):
-            scale = f"alpha {adapter.alpha:g} (scale {adapter.scale:g})"
-            learned = f"rank {adapter.rank}, {scale}, dropout {adapter.dropout:g}"
-            return [
-                ("base", base.init_from or "a small Llama that is pretrained here"),
-                *([("quantized", f"to {base.quantize_bits} bits when loaded")] if base.quantize_bits else []),
-                ("method", _METHODS[adapter.method]),
-                *([("adapter", learned), ("targets", _modules(adapter.targets))] if adapter.method != "full" else []),
-                ("rows", "questions about Python" if rows.builtin else rows.dataset or _last_parts(rows.files)),
-            ]
-    return []
-
-
-def _modules(names: Sequence[str]) -> str:
-    """`q, k, v, o projections`."""
-    short = [name.removesuffix("_proj") for name in names]
-    return f"{', '.join(short)} projections" if all(name.endswith("_proj") for name in names) else ", ".join(names)
-
-
-def _last_parts(names: Iterable[str]) -> str:
-    return ", ".join(name.rpartition("/")[2] for name in names)
 
 
 def _table(facts: Iterable[Fact]) -> list[Content]:

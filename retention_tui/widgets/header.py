@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from textual.content import Content
 from textual.widget import Widget
 
-from engine.events import Level, RunOpened, State
+from engine.events import Level, State
 from retention_tui import wording
+from retention_tui.kinds import parameters
 from retention_tui.progress import Progress, Trend
 from retention_tui.theme import FAINT
 from retention_tui.widgets.machine import machine_line, memory_in_short, pressure
@@ -84,7 +85,7 @@ class RunHeader(Widget):
         if progress.over:
             left += Content.styled(f" · {progress.reason}" if progress.reason else "", FAINT)
             opened = None
-        about = [opened.task, _parameters(opened), opened.device] if opened else []
+        about = [opened.task, parameters(opened.parameters, opened.trained_parameters), opened.device] if opened else []
         for part in about:
             more = left + Content.styled(f" · {part}", FAINT)
             if more.cell_length + right.cell_length + 3 > width:
@@ -236,9 +237,3 @@ class RunHeader(Widget):
             if line.cell_length + extra.cell_length <= width:
                 line += extra
         return line
-
-
-def _parameters(opened: RunOpened) -> str:
-    """`0.9 M parameters`, or `37 M of 1.6 B parameters trained`."""
-    trained, said = opened.trained_parameters, f"{wording.thousands(opened.parameters)} parameters"
-    return said if trained in (None, opened.parameters) else f"{wording.thousands(trained)} of {said} trained"
