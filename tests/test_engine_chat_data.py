@@ -526,7 +526,7 @@ BAD_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "odd speaker": (
         [{"conversations": [*shared("a", "b"), {"from": "narrator", "value": "c"}]}],
         {},
-        "line 1: from = 'narrator' is nobody known (message 3; known are human, ",
+        "line 1: from = 'narrator' is no speaker that is known (message 3; known are human, ",
     ),
     "no speaker": ([{"conversations": [*shared("a"), {"value": "b"}]}], {}, "line 1: message 2 should be"),
     "not ShareGPT": ([{"conversations": chat("a", "b")["messages"]}], {}, "line 1: 'conversations' holds no"),

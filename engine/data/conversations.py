@@ -221,7 +221,7 @@ def _of_sharegpt(row: Row, data: ChatData) -> Conversation:
         speaker, content = message["from"], message["value"]
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             known = ", ".join(SPEAKERS)
-            raise Unusable(row.origin, f"from = {speaker!r} is nobody known", f"message {place}; known are {known}")
+            raise Unusable(row.origin, f"from = {speaker!r} is no speaker that is known", f"message {place}; known are {known}")
         if not isinstance(content, str):
             raise UserError(f"{row.origin}: message {place}: its value is {type(content).__name__}, not a string")
         messages.append({"role": SPEAKERS[speaker], "content": content})
