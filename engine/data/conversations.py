@@ -220,8 +220,8 @@ def _of_sharegpt(row: Row, data: ChatData) -> Conversation:
             raise UserError(f'{row.origin}: message {place} should be {{"from": "…", "value": "…"}}')
         speaker, content = message["from"], message["value"]
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
-            known = ", ".join(SPEAKERS)
-            raise Unusable(row.origin, f"from = {speaker!r} is no speaker that is known", f"message {place}; known are {known}")
+            known = f"message {place}; known are {', '.join(SPEAKERS)}"
+            raise Unusable(row.origin, f"from = {speaker!r} is no speaker that is known", known)
         if not isinstance(content, str):
             raise UserError(f"{row.origin}: message {place}: its value is {type(content).__name__}, not a string")
         messages.append({"role": SPEAKERS[speaker], "content": content})
