@@ -14,7 +14,7 @@ from textual.widgets import Input, Static
 from engine.commands import CancelGeneration, Command, Generate
 from engine.events import AnswerEnded, AnswerStarted, AnswerText, Event, RunOpened
 from retention_tui.widgets.sampling import Sampling, WeightsChoice
-from retention_tui.widgets.turn import Answer, Turn, new_answer
+from retention_tui.widgets.turn import Answer, Said, Turn, new_answer
 
 TURNS_KEPT = 100
 _KEYS = "Enter sends, Ctrl+T other weights, Esc leaves"
@@ -36,6 +36,8 @@ class Chat(Vertical):
         self._turns: list[Turn] = []
         self._answers: dict[str, Answer] = {}
         self._kind = ""
+        self._typing = False
+        """Whether the keys are the chat's, as far as its reader knows."""
 
     def compose(self) -> ComposeResult:
         yield Sampling()
@@ -47,11 +49,6 @@ class Chat(Vertical):
         self.query_one("#transcript", VerticalScroll).anchor()
         self._prompt.cursor_blink = False
         self._invite()
-
-    @property
-    def streaming(self) -> Turn | None:
-        """The newest turn that has not ended."""
-        return next((turn for turn in reversed(self._turns) if not turn.ended), None)
 
     @property
     def _prompt(self) -> Input:
@@ -110,15 +107,9 @@ class Chat(Vertical):
         for ask in asks:
             self._send(ask)
 
-    def on_turn_grown(self, event: Turn.Grown) -> None:
-        """Keeps in view how answers to one question begin: else a long one would push a short one off the screen."""
+    def on_said_grown(self, event: Said.Grown) -> None:
         event.stop()
-        transcript, turn = self.query_one("#transcript", VerticalScroll), event.turn
-        beyond = turn.outer_size.height > transcript.size.height
-        if turn is self._turns[-1] and len(turn.answers) > 1 and beyond and not turn.fills_screen:
-            turn.fills_screen = True
-            transcript.anchor(False)
-            transcript.scroll_to_widget(turn, top=True, animate=False)
+        self._fit()
 
     def on_sampling_done(self, event: Sampling.Done) -> None:
         event.stop()
@@ -129,20 +120,46 @@ class Chat(Vertical):
         self.focus_input()
 
     def action_leave(self) -> None:
-        """Cancels what is coming in; otherwise, or the second time, gives the keys back to the screen."""
-        if (turn := self.streaming) and not turn.cancelled:
+        """Cancels all that is coming in; otherwise, or the second time, gives the keys back to the screen."""
+        coming = [turn for turn in self._turns if not turn.ended and not turn.cancelled]
+        for turn in coming:
             turn.cancelled = True
             for answer in turn.answers:
                 if not answer.ended:
                     self._send(CancelGeneration(answer=answer.ask.answer))
-        else:
+        if not coming:
+            self._typing = False
             self.screen.set_focus(None)
+
+    def on_descendant_focus(self) -> None:
+        self._typing = True
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self._fit)
+        self.call_after_refresh(self._go_on_typing)
+
+    def _go_on_typing(self) -> None:
+        """A window too small for the prompt has taken the focus from it: what is typed now would steer the run."""
+        if self._typing and self._prompt.region and self.screen.focused is None:
+            self.focus_input()
 
     def on_key(self, event: Key) -> None:
         transcript = self.query_one("#transcript", VerticalScroll)
-        if event.key in ("pageup", "pagedown"):
+        answers: list[VerticalScroll] = [*self._turns[-1].answers] if self._turns else []
+        if event.key == "pageup":
             event.stop()
-            (transcript.scroll_page_up if event.key == "pageup" else transcript.scroll_page_down)()
+            for part in [answer for answer in answers if answer.scroll_y > 0] or [transcript]:
+                part.scroll_page_up()
+        elif event.key == "pagedown":
+            event.stop()
+            for part in [transcript] if transcript.scroll_y < transcript.max_scroll_y else answers:
+                part.scroll_page_down()
+
+    def _fit(self) -> None:
+        """Has all answers to the newest question in view; those before it are as long as they are."""
+        room = self.query_one("#transcript").scrollable_content_region.height
+        for turn in self._turns[-2:]:
+            turn.fit(room if turn is self._turns[-1] else None)
 
     def _invite(self) -> None:
         sentence, short = _INVITATIONS.get(self._kind, _CONTINUES)

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 
 from textual.app import ComposeResult
-from textual.containers import Container, Horizontal, Vertical
+from textual.containers import Container, Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
@@ -20,16 +20,28 @@ CURSOR = "▌"
 _REASONS = {"length": "full length", "end of text": ""}
 _NOT_YET = "waiting for the micro-batch to end…"
 _NOT_SAID = "(nothing)"
+_LEAST_LINES = 3
+"""Of an answer with its frame."""
 
 
-class Answer(Vertical):
+class Said(Static):
+    """The text of an answer."""
+
+    class Grown(Message):
+        """It takes more lines now, or fewer."""
+
+    def on_resize(self) -> None:
+        self.post_message(self.Grown())
+
+
+class Answer(VerticalScroll):
     """An answer as it comes in; markup and control characters in it are shown, not obeyed.
 
     Its frame says whose it is, and how fast and how long it was.
     """
 
     def __init__(self, ask: Generate) -> None:
-        super().__init__()
+        super().__init__(can_focus=False)
         self.ask, self.text = ask, ""
         self.ended = False
         self._pieces = 0
@@ -38,10 +50,15 @@ class Answer(Vertical):
         self._changed = True
 
     def compose(self) -> ComposeResult:
-        yield Static(Content.styled(_NOT_YET, FAINT), classes="said")
+        yield Said(Content.styled(_NOT_YET, FAINT), classes="said")
 
     def on_mount(self) -> None:
         self.show()
+
+    @property
+    def wanted_height(self) -> int:
+        """Lines in which all of it can be seen."""
+        return self.query_one(Said).outer_size.height + self.gutter.height
 
     def take(self, event: Event) -> None:
         """Takes the next event of this answer; `show` brings it to the screen."""
@@ -67,7 +84,7 @@ class Answer(Vertical):
             self.border_subtitle = Content.styled(printable(self._about), FAINT)
             if self.text or self.ended:
                 said = Content(printable(self.text)) if self.text else Content.styled(_NOT_SAID, FAINT)
-                self.query_one(Static).update(said + ("" if self.ended else CURSOR))
+                self.query_one(Said).update(said + ("" if self.ended else CURSOR))
 
     def _whose(self) -> Content:
         if self.ask.base:
@@ -82,20 +99,11 @@ class Turn(Vertical):
     `asks` are the same question, by `base` or not.
     """
 
-    class Grown(Message):
-        """There is more or less of it."""
-
-        def __init__(self, turn: Turn) -> None:
-            super().__init__()
-            self.turn = turn
-
     def __init__(self, asks: Sequence[Generate]) -> None:
         super().__init__()
         self._prompt = asks[0].prompt
         self.answers = [Answer(ask) for ask in asks]
         self.cancelled = False
-        self.fills_screen = False
-        """Whether it has grown beyond what can be seen at once, so that it is left where it is."""
 
     def compose(self) -> ComposeResult:
         with Horizontal(classes="question"):
@@ -103,9 +111,6 @@ class Turn(Vertical):
             yield Static(Content(printable(self._prompt)), classes="said")
         with Container(classes="answers"):
             yield from self.answers
-
-    def on_resize(self) -> None:
-        self.post_message(self.Grown(self))
 
     @property
     def ended(self) -> bool:
@@ -116,6 +121,24 @@ class Turn(Vertical):
         """Brings to the screen what the answers have taken."""
         for answer in self.answers:
             answer.show()
+
+    def fit(self, lines: int | None) -> None:
+        """Keeps several answers within so many lines, question and all: else a long one would push a short one out of
+        sight. What one leaves, another takes; None lets each have what it wants."""
+        if len(self.answers) < 2 or not self.is_mounted:
+            return
+        if lines is None:
+            for answer in self.answers:
+                answer.styles.max_height = None
+            return
+        room = lines - self.query_one(".question").outer_size.height - self.styles.margin.height
+        wanted = [answer.wanted_height for answer in self.answers]
+        layout = self.query_one(".answers").styles.layout
+        stacked = layout is not None and layout.name == "vertical"
+        for index, answer in enumerate(self.answers):
+            others = sum(wanted) - wanted[index] if stacked else 0
+            share = room // len(self.answers) if stacked else room
+            answer.styles.max_height = max(_LEAST_LINES, share, room - others)
 
 
 def new_answer() -> str:
