@@ -74,7 +74,8 @@ def print_plan(
     from engine.planning.report import as_table
 
     profile, run = _profile(name, overrides)
-    made = plan(profile, runs_folder=runs_folder, except_run=run.name if run else None)
+    # A screen sets the plan beside the run's own pace, so that it must not come from there.
+    made = plan(profile, runs_folder=runs_folder, except_run=run.name if run and as_json else None)
     if run is not None and (attempts := run.attempts()):  # it has read its data, and knows
         made = replace(made, timing=replace(made.timing, steps=attempts[-1].total_steps or made.timing.steps))
     figures = None

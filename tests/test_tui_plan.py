@@ -149,6 +149,10 @@ async def test_a_run_shows_its_plan_beside_what_it_has_taken(session: Session, t
 def test_a_run_is_planned_as_it_is_now(session: Session, tiny: Path) -> None:
     client = session.start(str(tiny), ["train.steps=2"], name="night")
     assert session.finish() == 0
+    folder = client.run.path.parent
+    assert re.search(
+        r"time +about .*, from 2 steps of", retention_tui("plan", client.run.path, "--runs-dir", folder).stdout
+    )
     shrunk = [
         {"from_step": step, "key": "train.micro_batch_size", "value": size} for step, size in ((1, "2"), (9, "1"))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Sequence
 
@@ -39,6 +40,7 @@ _AFTERWARDS = ("gradients",)
 _TOO_LITTLE = 1.1
 """Beyond this times what was predicted, a plan was wrong in the direction that hurts."""
 _INDENT = 8
+_SHORTEST_WORDS = 24
 
 
 class PlanSummary(Static):
@@ -131,10 +133,10 @@ def page(table: Table, progress: Progress, width: int = 80) -> list[Content]:
     for name, text in facts(table, _time(table["time"], progress)):
         colour = LEVEL_COLOURS[table["verdict"]] if name == "memory" else ""
         lines.append(Content.assemble((f"{name:<14}", FAINT), (text, colour)))
-    return [*lines, *_savings(table)]
+    return [*lines, *_savings(table, width)]
 
 
-def _savings(table: Table) -> list[Content]:
+def _savings(table: Table, width: int) -> list[Content]:
     """What each measure that is taken saves of the peak, and what others would."""
     lines = []
     for taken, title in ((True, "what is saved"), (False, "what would be saved")):
@@ -143,11 +145,12 @@ def _savings(table: Table) -> list[Content]:
         for index, saving in enumerate(found):
             heading = "" if index else title
             size = wording.size(saving["bytes"])
-            lines.append(
-                Content.assemble(
-                    (f"{heading:<22}", FAINT), f"{size:>12}   {saving['name']:<24}", (saving["words"], FAINT)
-                )
-            )
+            line = Content.assemble((f"{heading:<22}", FAINT), f"{size:>12}   {saving['name']:<24}")
+            beside = width - line.cell_length >= _SHORTEST_WORDS  # else what it is about stands below
+            left = line.cell_length if beside else line.cell_length - 24
+            words = textwrap.wrap(saving["words"], max(_SHORTEST_WORDS, width - left))
+            said = f"\n{' ' * left}".join(words if beside else ["", *words])
+            lines.append(line + Content.styled(said, FAINT))
     return [Content(), *lines] if lines else []
 
 
