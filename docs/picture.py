@@ -18,27 +18,31 @@ HERE = Path(__file__).parent
 SIZE, CHAT_SIZE = (130, 40), (130, 30)
 STEPS, CHAT_STEPS = 230, 120
 QUESTION = "Tell me about str.upper."
-KEYS = {" ": "space", ".": "full_stop"}
 TEXT = re.compile(r'<text class="([^"]+)" x="([\d.]+)" y="([\d.]+)" textLength="([\d.]+)"([^>]*)>([^<]*)</text>')
 SPACE = "&#160;"
 
 
 async def take_picture(name: str, runs_folder: Path) -> str:
     """Trains for some steps and returns what the screen shows then, as SVG."""
+    from textual.widgets import Input
+
     from retention_tui.app import RetentionApp
     from retention_tui.session import Session
 
     session, chats = Session(runs_folder), name == "chat"
     profile = "lora-demo" if chats else "demo"
-    client = session.start(profile, ["validate.every=40", "checkpoint.every=80"])
+    longer = ["train.epochs=20"] if chats else []
+    client = session.start(profile, ["validate.every=40", "checkpoint.every=80", *longer])
     app = RetentionApp(session, client)
     try:
         async with app.run_test(size=CHAT_SIZE if chats else SIZE) as pilot:
             while client.alive and (client.run.last("loss") or (0, 0.0))[0] < (CHAT_STEPS if chats else STEPS):
                 await asyncio.sleep(0.5)
             if chats:
-                await pilot.press("2", *(key if key.isalnum() else KEYS[key] for key in QUESTION), "enter")
-                await asyncio.sleep(6)
+                await pilot.press("2")
+                app.screen.query_one(Input).value = QUESTION
+                await pilot.press("enter")
+                await asyncio.sleep(8)
             await asyncio.sleep(1.5)  # a round of charts
             return app.export_screenshot(title=f"retention-tui run {profile}")
     finally:
