@@ -440,7 +440,7 @@ def test_other_data_are_refused(start: Start, tmp_path: Path) -> None:
     changed.write_text("something else entirely. " * 400)
     ended = start(resume=ride.run).end()
     assert ended.exit_code == ExitCode.BAD_INPUT
-    assert "data are not those" in ended.reason and "\n" not in ended.reason
+    assert "data or base are not those" in ended.reason and "\n" not in ended.reason
 
 
 def test_another_environment_is_a_warning(start: Start) -> None:
