@@ -74,12 +74,19 @@ def test_a_model_is_downloaded_without_code_and_then_taken_from_the_cache(hub: H
     assert 'model.init_from = "~/models/tiny"' in line and "HF_HOME" in line
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
 def test_a_download_is_given_up_at_once_and_gone_on_with(hub: HubStandIn, model: Path, tmp_path: Path) -> None:
     inbox: SimpleQueue[Command] = SimpleQueue()
     asked: list[float] = []
 
     def say(event: Event) -> None:
         if isinstance(event, LoadingProgress) and event.done >= 1e6 and not asked:
+            deadline = time.monotonic() + 10  # the first piece is told of a moment before it is written
+            while time.monotonic() < deadline and not any(map(_size, tmp_path.glob("cache/*/blobs/*.partial"))):
+                time.sleep(0.01)
             asked.append(time.monotonic())
             inbox.put(Stop("no more"))
 
