@@ -331,7 +331,9 @@ class Layerwise:
         """The function of that name, compiled the first time where that pays."""
         if not self._compiled:
             return function
-        return self._functions.setdefault(name, mx.compile(function))
+        if name not in self._functions:
+            self._functions[name] = mx.compile(function)
+        return self._functions[name]
 
     def _launch(self, arrays: list[mx.array]) -> None:
         """Starts to compute, and waits for what was started before: two pieces at most are under way."""

@@ -219,10 +219,13 @@ _PAIRS = (
 def _halves(layer: nn.Module, hidden: mx.array, given: Arguments, after: mx.array) -> tuple[Half, ...] | None:
     """The pair of halves that makes the same of some hidden states as the layer itself."""
     for pair in _PAIRS:
-        with contextlib.suppress(Exception):  # it is built otherwise
+        try:
             between = pair[0].run(layer, hidden, *given.positional, **dict(given.named))
             if _add_alike(pair[1].run(layer, between), after, hidden):
                 return pair
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise  # else it is built otherwise
     return None
 
 
